@@ -1,0 +1,1 @@
+"""What to run: models, sweeps and cases, as data and ids. Knows neither torch nor pytest."""

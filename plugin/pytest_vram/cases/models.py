@@ -1,0 +1,188 @@
+"""Models as data: one TOML architecture file each, or a saved pipeline's folder, read into one form."""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pytest_vram.errors import UsageError, first_problem, unknown
+
+NAME = r"^[a-z0-9][a-z0-9._-]*$"
+NOT_MEASURED = ("safety_checker", "feature_extractor", "watermark")  # never loaded: they are no part of generating
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Component(_Table):
+    """One network of the pipeline: its class, the configuration that differs from the class's defaults, its size."""
+
+    library: Literal["diffusers", "transformers"]
+    class_name: str = Field(alias="class")
+    parameters: int | None = Field(default=None, gt=0)
+    config: dict[str, Any] = {}
+
+
+class Scheduler(_Table):
+    """The scheduler's class in diffusers and its configuration."""
+
+    class_name: str = Field(alias="class")
+    config: dict[str, Any] = {}
+
+
+class Native(_Table):
+    """What the model was made for: pixels, steps, guidance, and tokens of the prompt."""
+
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    guidance_scale: float = Field(ge=0)
+    sequence_length: int = Field(gt=0)
+    frames: int | None = Field(default=None, gt=0)
+
+
+class Model(_Table):
+    """An architecture: everything needed to build the pipeline with random weights."""
+
+    name: str = Field(pattern=NAME)
+    aliases: tuple[str, ...] = ()
+    hub_id: str
+    pipeline: str
+    pipeline_arguments: dict[str, Any] = {}
+    denoiser: str
+    resolution_multiple: int = Field(gt=0)
+    native: Native
+    components: dict[str, Component]
+    scheduler: Scheduler
+
+    def check_resolution(self, width: int, height: int) -> None:
+        """Raise ValueError where the model cannot take this resolution."""
+        multiple = self.resolution_multiple
+        if width % multiple or height % multiple:
+            nearest = "x".join(str(max(multiple, round(n / multiple) * multiple)) for n in (width, height))
+            raise ValueError(f"{self.name} takes multiples of {multiple} pixels, not {width}x{height}; try {nearest}")
+
+
+def read_model(path: Path) -> Model:
+    """One architecture file.
+
+    Raises:
+        UsageError: naming the file and the key.
+    """
+    try:
+        model = Model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise UsageError(first_problem(error, path)) from error
+    if model.denoiser not in model.components:
+        raise UsageError(f"{path}: denoiser: {model.denoiser!r} is not one of the components")
+    return model
+
+
+def read_models(*folders: Path) -> dict[str, Model]:
+    """The packaged models and those of `folders`, by name; a later folder replaces a model of the same name."""
+    packaged = Path(str(files(__package__) / "models"))
+    models = (read_model(path) for folder in (packaged, *folders) for path in sorted(folder.glob("*.toml")))
+    return {model.name: model for model in models}
+
+
+def find_model(name: str, models: Mapping[str, Model]) -> Model:
+    """The model called `name`, or one of its aliases.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    by_name = {alias: model for model in models.values() for alias in (*model.aliases, model.name)}
+    if name not in by_name:
+        raise ValueError(unknown("model", name, by_name))
+    return by_name[name]
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model is given as the folder of a saved pipeline rather than by name."""
+    return "/" in name or "\\" in name or name.startswith(".")
+
+
+def model_from_folder(folder: Path) -> Model:
+    """The architecture of a pipeline saved with `save_pretrained`, read from its configuration files.
+
+    A saved pipeline does not say with how many steps it is meant to run: 50 with guidance 7.5, diffusers' defaults
+    for Stable Diffusion, stand in; an architecture file whose `hub_id` is the folder says better.
+
+    Raises:
+        UsageError: when a part is missing, or has no safetensors file.
+    """
+    index = _read_json(folder / "model_index.json")
+    components = {}
+    for name, entry in index.items():
+        if name.startswith("_") or name in NOT_MEASURED or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if (folder / name / "config.json").is_file() and entry[0] in ("diffusers", "transformers"):
+            _require_safetensors(folder / name)
+            config = {k: v for k, v in _read_json(folder / name / "config.json").items() if not k.startswith("_")}
+            components[name] = {"library": entry[0], "class": entry[1], "config": config}
+    denoiser = next((name for name in ("transformer", "unet") if name in components), None)
+    if denoiser is None or "vae" not in components:
+        raise UsageError(f"{folder}: model_index.json names no denoiser (unet or transformer) and VAE")
+    multiple = 2 ** (len(components["vae"]["config"].get("block_out_channels", [0] * 4)) - 1)
+    sample = components[denoiser]["config"].get("sample_size", 64)
+    height, width = (s * multiple for s in (sample if isinstance(sample, list) else (sample, sample)))
+    lengths = [c["config"].get("max_position_embeddings", 77) for n, c in components.items() if "text" in n]
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        return Model.model_validate(
+            {
+                "name": folder.resolve().name.lower().replace(" ", "-"),
+                "hub_id": str(folder),
+                "pipeline": index["_class_name"],
+                "pipeline_arguments": {k: v for k, v in index.items() if isinstance(v, bool)},
+                "denoiser": denoiser,
+                "resolution_multiple": multiple,
+                "native": {
+                    "width": width,
+                    "height": height,
+                    "steps": 50,
+                    "guidance_scale": 7.5,
+                    "sequence_length": max(lengths, default=77),
+                },
+                "components": components,
+                "scheduler": {
+                    "class": scheduler["_class_name"],
+                    "config": {k: v for k, v in scheduler.items() if not k.startswith("_")},
+                },
+            }
+        )
+    except ValidationError as error:
+        raise UsageError(first_problem(error, folder)) from error
+    except KeyError as error:
+        raise UsageError(f"{folder}: the key {error} is missing from its configuration") from error
+
+
+def _require_safetensors(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"{folder}: no .safetensors file; weights are loaded from nothing else: "
+            "save the pipeline again with save_pretrained(folder, safe_serialization=True)"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not JSON"
+        raise UsageError(f"{path}: {reason}; a pretrained model is a folder that save_pretrained wrote") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: is no JSON object; a pretrained model is a folder that save_pretrained wrote")
+    return value
+
+
+def names_with_aliases(models: Iterable[Model]) -> dict[str, list[str]]:
+    """Aliases by model name, of the models that have any."""
+    return {model.name: list(model.aliases) for model in models if model.aliases}

@@ -1,0 +1,212 @@
+"""Sweeps: named blocks of axes in `matrix.toml`, expanded into cases."""
+
+import itertools
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pytest_vram.cases.case import Case, Weights, parse_resolution
+from pytest_vram.cases.models import Model, find_model
+from pytest_vram.errors import UsageError, first_problem, unknown
+
+NATIVE = "native"
+T = TypeVar("T")
+ParseOptimizations = Callable[[str], tuple[str, ...]]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Exclusion(_Table):
+    """Cases that match every axis given here are left out of the block."""
+
+    models: tuple[str, ...] | None = None
+    optimizations: tuple[str, ...] | None = None
+    resolutions: tuple[str | int, ...] | None = None
+    batch_sizes: tuple[int, ...] | None = None
+
+
+class Block(_Table):
+    """The product of four axes, less the exclusions."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    optimizations: tuple[str, ...] = Field(min_length=1)
+    resolutions: tuple[str | int, ...] = Field(default=(NATIVE,), min_length=1)
+    batch_sizes: tuple[int, ...] = Field(default=(1,), min_length=1)
+    exclude: tuple[Exclusion, ...] = ()
+
+
+class Sweep(_Table):
+    """Named blocks, all run with the same number of denoising steps (the model's own where none is given)."""
+
+    steps: int | None = Field(default=None, gt=0)
+    blocks: dict[str, Block] = Field(min_length=1)
+
+
+class Matrix(_Table):
+    """The file `matrix.toml`."""
+
+    sweeps: dict[str, Sweep] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the command line says in place of the matrix; None leaves the matrix as it is."""
+
+    models: tuple[str, ...] | None = None
+    optimizations: tuple[str, ...] | None = None
+    resolutions: tuple[str, ...] | None = None
+    batch_sizes: tuple[int, ...] | None = None
+    steps: int | None = None
+    option_names: Mapping[str, str] = field(
+        default_factory=lambda: {
+            axis: f"--vram-{axis.replace('_', '-')}"
+            for axis in ("models", "optimizations", "resolutions", "batch_sizes")
+        }
+    )
+
+
+def read_sweep(path: Path, name: str) -> Sweep:
+    """The sweep called `name` of a matrix file.
+
+    Raises:
+        UsageError: naming the file and the key.
+    """
+    try:
+        matrix = Matrix.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise UsageError(first_problem(error, path)) from error
+    if name not in matrix.sweeps:
+        raise UsageError(f"{path}: sweeps: {unknown('sweep', name, matrix.sweeps)}")
+    return matrix.sweeps[name]
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Turns a ValueError on one value of an axis into a UsageError that says where the value stands."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def expand(
+    sweep: Sweep,
+    source: str,
+    models: Mapping[str, Model],
+    parse_optimizations: ParseOptimizations,
+    overrides: Overrides,
+    *,
+    weights: Weights = "random",
+    limit_bytes: int | None = None,
+) -> list[Case]:
+    """The cases of a sweep in the order of its blocks, duplicates merged.
+
+    `source` names the sweep in messages (the file and the sweep's key).
+
+    Raises:
+        UsageError: an unknown name, a resolution the model cannot take, a batch size below 1.
+    """
+    cases: dict[Case, None] = {}
+    for block_name, block in sweep.blocks.items():
+        where = f"{source}.blocks.{block_name}"
+        excluded = _exclusions(block, models, parse_optimizations, where)
+        for model, optimizations, (width, height), batch_size in _axes(
+            block, where, models, parse_optimizations, overrides
+        ):
+            if any(
+                matches(model, optimizations, (width, height), batch_size) for matches in excluded
+            ):
+                continue
+            native = model.native
+            case = Case(
+                model=model.name,
+                optimizations=optimizations,
+                height=height,
+                width=width,
+                frames=native.frames,
+                batch_size=batch_size,
+                steps=overrides.steps or sweep.steps or native.steps,
+                guidance_scale=native.guidance_scale,
+                sequence_length=native.sequence_length,
+                scheduler=model.scheduler.class_name,
+                weights=weights,
+                limit_bytes=limit_bytes,
+            )
+            cases[case] = None
+    if not cases:
+        raise UsageError(f"{source}: its exclusions leave no case")
+    return list(cases)
+
+
+def _axes(
+    block: Block,
+    where: str,
+    models: Mapping[str, Model],
+    parse_optimizations: ParseOptimizations,
+    overrides: Overrides,
+) -> Iterator[tuple[Model, tuple[str, ...], tuple[int, int], int]]:
+    def axis(name: str, from_block: Sequence[T], from_option: Sequence[T] | None) -> tuple[Sequence[T], str]:
+        if from_option is None:
+            return from_block, f"{where}.{name}"
+        return from_option, overrides.option_names[name]
+
+    names, names_at = axis("models", block.models, overrides.models)
+    sets, sets_at = axis("optimizations", block.optimizations, overrides.optimizations)
+    sizes, sizes_at = axis("resolutions", block.resolutions, overrides.resolutions)
+    batches, batches_at = axis("batch_sizes", block.batch_sizes, overrides.batch_sizes)
+    with _at(names_at):
+        chosen = list(dict.fromkeys(find_model(name, models).name for name in names))
+    with _at(sets_at):
+        parsed = list(dict.fromkeys(parse_optimizations(text) for text in sets))
+    with _at(batches_at):
+        for batch in batches:
+            if batch < 1:
+                raise ValueError(f"a batch holds 1 image or more, not {batch}")
+    for name, optimizations, size, batch in itertools.product(chosen, parsed, sizes, batches):
+        model = models[name]
+        with _at(sizes_at):
+            resolution = _resolution(size, model)
+            model.check_resolution(*resolution)
+        yield model, optimizations, resolution, batch
+
+
+def _resolution(value: str | int, model: Model) -> tuple[int, int]:
+    return (model.native.width, model.native.height) if value == NATIVE else parse_resolution(value)
+
+
+Matcher = Callable[[Model, tuple[str, ...], tuple[int, int], int], bool]
+
+
+def _exclusions(
+    block: Block, models: Mapping[str, Model], parse_optimizations: ParseOptimizations, where: str
+) -> list[Matcher]:
+    def matcher(exclusion: Exclusion, at: str) -> Matcher:
+        with _at(f"{at}.models"):
+            names = {find_model(name, models).name for name in exclusion.models or ()}
+        with _at(f"{at}.optimizations"):
+            sets = {parse_optimizations(text) for text in exclusion.optimizations or ()}
+        with _at(f"{at}.resolutions"):
+            for size in exclusion.resolutions or ():
+                if size != NATIVE:
+                    parse_resolution(size)
+
+        def matches(model: Model, optimizations: tuple[str, ...], size: tuple[int, int], batch: int) -> bool:
+            return (
+                (exclusion.models is None or model.name in names)
+                and (exclusion.optimizations is None or optimizations in sets)
+                and (exclusion.resolutions is None or size in {_resolution(r, model) for r in exclusion.resolutions})
+                and (exclusion.batch_sizes is None or batch in exclusion.batch_sizes)
+            )
+
+        return matches
+
+    return [matcher(exclusion, f"{where}.exclude.{n}") for n, exclusion in enumerate(block.exclude)]

@@ -1,0 +1,60 @@
+"""The errors of this package, in one hierarchy; every message is one line for the person who can mend it.
+
+VramError
+├── UsageError        bad input: an option, a matrix, a model file, a machine that cannot do what was asked
+├── RunFileError      a run file or journal that is not what the schema says
+├── StartError        the fork server or a worker could not be started
+└── WorkerDied        a worker ended without a result
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+class VramError(Exception):
+    """Anything that this package reports to a person."""
+
+
+class UsageError(VramError):
+    """Bad input; pytest ends with exit code 4 and nothing is written."""
+
+
+class RunFileError(VramError):
+    """A run file or journal that cannot be read, or a record that must not be written."""
+
+
+class StartError(VramError):
+    """The fork server or a worker could not be started."""
+
+
+class WorkerDied(VramError):
+    """A worker ended without a result; `returncode` is negative for a signal, as in subprocess."""
+
+    def __init__(self, message: str, returncode: int | None) -> None:
+        super().__init__(message)
+        self.returncode = returncode
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not known, with the nearest one that is."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"
+
+
+def first_problem(error: "ValidationError", source: str | Path) -> str:
+    """The first problem pydantic found, as `file: key: what is right`."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "is not a key of this table"
+    return f"{source}: {key}: {message[:1].lower()}{message[1:]}{more}"

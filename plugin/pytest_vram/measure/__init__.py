@@ -1,0 +1,1 @@
+"""How: fork server, worker, NVML, sampling, phases, simulation, environment."""

@@ -1,0 +1,179 @@
+"""Estimates made in the background, one worker each, ahead of the cases that want them."""
+
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from pytest_vram.cases.case import Case
+from pytest_vram.cases.models import Model
+from pytest_vram.errors import StartError
+from pytest_vram.measure.channel import Closed, Message
+from pytest_vram.measure.environment import without_paths
+from pytest_vram.measure.forkserver import Starter, Worker
+from pytest_vram.pipelines.optimizations import impossible
+from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Wall
+
+ESTIMATE = "pytest_vram.measure.probes:estimate"
+# What a process holds outside PyTorch's allocator: 686 MiB for Stable Diffusion on an H100 with CUDA 13; it differs by
+# card and driver, so the estimate's `required` takes a rounder, larger figure.
+ASSUMED_CONTEXT_BYTES = 768 << 20
+
+
+class Estimates:
+    """A few workers that simulate the cases in order, while the caller does something else.
+
+    `poll` never waits; `result` does. Paused workers take no CPU time from a case that is being timed.
+    """
+
+    def __init__(self, cases: Iterable[Case], models: dict[str, Model], starter: Starter, *, measuring: bool) -> None:
+        self._waiting = deque(case for case in cases if impossible(case.optimizations, "meta") is None)
+        self._models, self._starter = models, starter
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._width = max(1, min(4, cpus // 4)) if measuring else max(1, min(8, cpus))
+        self._running: dict[Case, tuple[Worker, float]] = {}
+        self._done: dict[Case, tuple[Message, float]] = {}
+        self._paused = False
+
+    def pause(self, paused: bool) -> None:
+        """Stop the workers' clocks, or let them go on."""
+        self._paused = paused
+        for worker, _ in self._running.values():
+            worker.pause(paused)
+
+    def poll(self) -> list[Case]:
+        """Take in what is finished, start what waits; the cases that finished now."""
+        if self._paused:
+            return []
+        ready: list[Any] = []
+        if self._running:
+            ready = select.select([worker.channel for worker, _ in self._running.values()], [], [], 0)[0]
+        finished = []
+        for case, (worker, began) in list(self._running.items()):
+            if worker.channel in ready:
+                self._done[case] = self._read(worker), time.monotonic() - began
+                worker.kill()
+                del self._running[case]
+                finished.append(case)
+        while self._waiting and len(self._running) < self._width:
+            self._start(self._waiting.popleft())
+        return finished
+
+    def _start(self, case: Case) -> None:
+        try:
+            worker = self._starter.start(ESTIMATE, {})
+            worker.channel.send({"case": case.model_dump(mode="json"), "model": self._job_model(case)})
+        except (StartError, Closed) as error:
+            self._done[case] = {"event": "failed", "message": str(error)}, 0.0
+            return
+        self._running[case] = worker, time.monotonic()
+
+    def _job_model(self, case: Case) -> Any:
+        return self._models[case.model].model_dump(mode="json", by_alias=True)
+
+    @staticmethod
+    def _read(worker: Worker) -> Message:
+        try:
+            message = worker.channel.receive(30)
+        except Closed:
+            message = None
+        if message is None:
+            lines = worker.output_tail().splitlines()
+            message = {"event": "failed", "message": lines[-1] if lines else "the simulation's process ended"}
+            message["output_tail"] = worker.output_tail()
+        return message
+
+    def result(self, case: Case, timeout_s: float) -> tuple[Message, float]:
+        """The outcome of one case and the seconds it took; waits for it."""
+        deadline = time.monotonic() + timeout_s
+        if case in self._waiting:  # asked out of turn
+            self._waiting.remove(case)
+            self._waiting.appendleft(case)
+        while case not in self._done:
+            self.poll()
+            if case in self._done:
+                break
+            if time.monotonic() > deadline:
+                worker, _ = self._running.pop(case, (None, 0.0))
+                if worker:
+                    worker.kill()
+                return {"event": "timeout", "message": f"not estimated within {timeout_s:g} s"}, timeout_s
+            channels = [worker.channel for worker, _ in self._running.values()]
+            select.select(channels, [], [], min(0.5, max(0.0, deadline - time.monotonic())))
+        return self._done[case]
+
+    def is_done(self, case: Case) -> bool:
+        """Whether `result` would not wait."""
+        return case in self._done
+
+    def drop(self, case: Case) -> None:
+        """Nobody will ask for this case."""
+        if case in self._waiting:
+            self._waiting.remove(case)
+
+    def close(self) -> None:
+        self._waiting.clear()
+        for worker, _ in self._running.values():
+            worker.kill()
+        self._running.clear()
+
+
+def estimated_record(case: Case, outcome: Message, seconds: float) -> Record:
+    """The record of a case that was estimated and not run."""
+    common: dict[str, Any] = {"id": case.id, "case": case, "method": "estimated", "wall": Wall(total_s=seconds)}
+    if outcome["event"] != "done":
+        failure = Failure(
+            message=without_paths(outcome["message"]), output_tail=without_paths(outcome.get("output_tail", ""))
+        )
+        return Record(status="timeout" if outcome["event"] == "timeout" else "error", failure=failure, **common)
+    required = outcome["need"] + ASSUMED_CONTEXT_BYTES
+    memory = Memory(
+        weights_bytes=outcome["weights"],
+        allocated_peak_bytes=outcome["allocated_peak"],
+        reserved_peak_bytes=outcome["reserved_peak"],
+        need_bytes=outcome["need"],
+        estimated_need_bytes=outcome["need"],
+        estimated_allocated_peak_bytes=outcome["allocated_peak"],
+        required_bytes=required,
+    )
+    failure = None
+    if case.limit_bytes is not None and required > case.limit_bytes:
+        failure = Failure(
+            limit_bytes=case.limit_bytes,
+            message=f"the estimate is {required >> 20} MiB with {ASSUMED_CONTEXT_BYTES >> 20} MiB of context assumed",
+        )
+    return Record(
+        status="oom" if failure else "ok",
+        memory=memory,
+        phases={
+            name: PhaseCost(allocated_peak_bytes=peak or None) for name, peak in outcome["phases"].items()
+        },
+        effects=outcome["effects"],
+        failure=failure,
+        unavailable={
+            "time": "estimated: nothing was run",
+            "memory.context_bytes": f"estimated: required_bytes assumes {ASSUMED_CONTEXT_BYTES >> 20} MiB",
+            "memory.nvml_process_peak_bytes": "estimated: nothing was run",
+            "memory.nvml_device_peak_bytes": "estimated: nothing was run",
+            "memory.host_peak_bytes": "estimated: nothing was run",
+            "memory.need_tolerance_bytes": "estimated: the need is simulated, not searched",
+        },
+        **common,
+    )
+
+
+def with_estimate(record: Record, outcome: Message) -> Record:
+    """A measured record with its estimate beside it."""
+    key = "memory.estimated_need_bytes"
+    unavailable = {k: v for k, v in record.unavailable.items() if k != key}
+    if outcome["event"] != "done":
+        return record.model_copy(update={"unavailable": {**unavailable, key: without_paths(outcome["message"])}})
+    memory = record.memory.model_copy(
+        update={
+            "estimated_need_bytes": outcome["need"],
+            "estimated_allocated_peak_bytes": outcome["allocated_peak"],
+        }
+    )
+    return record.model_copy(update={"memory": memory, "unavailable": unavailable})

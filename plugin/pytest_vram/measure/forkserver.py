@@ -1,0 +1,319 @@
+"""Starts workers: forked from a server that has imported torch once, or spawned where forking cannot work.
+
+The server is a fresh interpreter in a session of its own. It listens on the Unix socket it was born with; one request
+(JSON, with the worker's end of a socket pair as a file descriptor) makes one child. When the socket closes, it kills
+its children and ends; each worker also watches its own socket.
+"""
+
+import contextlib
+import errno
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pytest_vram.errors import StartError
+from pytest_vram.measure.channel import Channel, Closed, Message
+
+# Without it importing diffusers initialises CUDA, and no forked child can use the GPU any more.
+PRELOAD_ENVIRON = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+PRELOAD_TIMEOUT_S = 300.0
+TAIL_BYTES = 4000
+_SERVE = (
+    "import json,sys; sys.path[:] = json.loads(sys.argv[1]);"
+    "from pytest_vram.measure.forkserver import serve; serve(int(sys.argv[2]), json.loads(sys.argv[3]))"
+)
+_SPAWN = (
+    "import json,sys; sys.path[:] = json.loads(sys.argv[1]);"
+    "from pytest_vram.measure.worker import main; main(int(sys.argv[2]), sys.argv[3], sys.argv[4])"
+)
+
+
+class Worker:
+    """A worker as the pytest process sees it."""
+
+    def __init__(self, pid: int, channel: Channel, output: Path, starter: "Starter") -> None:
+        self.pid, self.channel, self.output = pid, channel, output
+        self._starter = starter
+        self._returncode: int | None = None
+
+    def kill(self) -> None:
+        """End the worker and whatever it started, and wait for it."""
+        for send in (os.killpg, os.kill):
+            with contextlib.suppress(OSError):
+                send(self.pid, signal.SIGKILL)
+        self.wait(10)
+        self.close()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The return code (negative for a signal), or None if it has not ended by then."""
+        if self._returncode is None:
+            self._returncode = self._starter.wait(self.pid, timeout_s)
+        return self._returncode
+
+    def pause(self, paused: bool) -> None:
+        """Stop the worker's clock, or let it go on."""
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGSTOP if paused else signal.SIGCONT)
+
+    def output_tail(self) -> str:
+        """The end of what the worker wrote to stdout and stderr."""
+        with contextlib.suppress(OSError), self.output.open("rb") as file:
+            file.seek(max(0, self.output.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace").strip()
+        return ""
+
+    def close(self) -> None:
+        self.channel.close()
+        self.output.unlink(missing_ok=True)
+
+
+class Starter(Protocol):
+    """What starts workers."""
+
+    name: str
+
+    def start(self, task: str, environ: Mapping[str, str]) -> Worker: ...
+
+    def wait(self, pid: int, timeout_s: float) -> int | None: ...
+
+    def close(self) -> None: ...
+
+
+def _output_file() -> tuple[int, Path]:
+    fd, name = tempfile.mkstemp(prefix="pytest-vram-", suffix=".log")
+    return fd, Path(name)
+
+
+class ForkServer:
+    """Workers in milliseconds: forked from one process that has done the imports."""
+
+    name = "fork"
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        """Start the server and wait for its imports; `preload` names modules, or `module:attribute` for lazy ones.
+
+        Raises:
+            StartError: with the reason, when an import fails.
+        """
+        ours, theirs = socket.socketpair()
+        self._exited: dict[int, int] = {}
+        self._channel = Channel(ours)
+        self._socket = ours
+        fd, self._output = _output_file()
+        command = [sys.executable, "-c", _SERVE, json.dumps(sys.path), str(theirs.fileno()), json.dumps(list(preload))]
+        with theirs, os.fdopen(fd) as output:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, **PRELOAD_ENVIRON},
+            )
+        try:
+            ready = self._channel.receive(PRELOAD_TIMEOUT_S)
+        except Closed:
+            ready = {"error": f"it ended: {_tail(self._output)}"}
+        if ready is None or "error" in ready:
+            self.close()
+            raise StartError(f"the fork server could not import what it needs: {(ready or {}).get('error', 'timeout')}")
+        self.import_s = float(ready["seconds"])
+
+    def start(self, task: str, environ: Mapping[str, str]) -> Worker:
+        """A new worker; its job goes over its channel."""
+        ours, theirs = socket.socketpair()
+        fd, output = _output_file()
+        os.close(fd)
+        request = json.dumps({"task": task, "environ": dict(environ), "output": str(output)}).encode() + b"\n"
+        try:
+            with theirs:
+                socket.send_fds(self._socket, [request], [theirs.fileno()])
+            while (message := self._receive(60)) is None or "started" not in message:
+                if message is None:
+                    raise StartError("the fork server does not answer")
+        except (OSError, Closed) as error:
+            raise StartError(f"the fork server is gone: {_tail(self._output)}") from error
+        return Worker(int(message["started"]), Channel(ours), output, self)
+
+    def _receive(self, timeout_s: float) -> Message | None:
+        message = self._channel.receive(timeout_s)
+        if message and "exited" in message:
+            self._exited[int(message["exited"])] = int(message["returncode"])
+        return message
+
+    def wait(self, pid: int, timeout_s: float) -> int | None:
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(Closed):
+            while pid not in self._exited and (left := deadline - time.monotonic()) > 0:
+                self._receive(left)
+        return self._exited.pop(pid, None)
+
+    def close(self) -> None:
+        self._channel.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._output.unlink(missing_ok=True)
+
+
+class Spawner:
+    """Workers that each import everything anew: where a forked process cannot use the GPU."""
+
+    name = "spawn"
+    import_s = 0.0
+
+    def __init__(self) -> None:
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, task: str, environ: Mapping[str, str]) -> Worker:
+        ours, theirs = socket.socketpair()
+        fd, output = _output_file()
+        command = [sys.executable, "-c", _SPAWN, json.dumps(sys.path), str(theirs.fileno()), task, json.dumps(dict(environ))]
+        with theirs, os.fdopen(fd) as file:
+            process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self._processes[process.pid] = process
+        return Worker(process.pid, Channel(ours), output, self)
+
+    def wait(self, pid: int, timeout_s: float) -> int | None:
+        process = self._processes[pid]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
+        return process.returncode
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _tail(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace").strip()[-TAIL_BYTES:]
+    return ""
+
+
+# The server's side
+
+
+def serve(fd: int, preload: Sequence[str]) -> None:
+    """Import, then fork a worker a request until the socket closes."""
+    sock = socket.socket(fileno=fd)
+    channel = Channel(sock)
+    began = time.monotonic()
+    try:
+        for name in preload:
+            module, _, attribute = name.partition(":")
+            imported = importlib.import_module(module)
+            if attribute:
+                getattr(imported, attribute)
+    except BaseException as error:  # whatever an import raises is the answer
+        traceback.print_exc()
+        channel.send({"error": f"{type(error).__name__}: {error}"})
+        return
+    gc.collect()
+    gc.freeze()
+    channel.send({"ready": True, "seconds": time.monotonic() - began})
+    _Server(sock, channel).run()
+
+
+class _Server:
+    def __init__(self, sock: socket.socket, channel: Channel) -> None:
+        self.sock, self.channel = sock, channel
+        self.children: set[int] = set()
+        self.wakeup, wake = socket.socketpair()
+        self.wakeup.setblocking(False)
+        wake.setblocking(False)
+        self.wake = wake
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def run(self) -> None:
+        try:
+            while True:
+                readable, _, _ = select.select([self.sock, self.wakeup], [], [])
+                if self.wakeup in readable:
+                    self.wakeup.recv(4096)
+                    self.reap()
+                if self.sock in readable:
+                    data, fds, _, _ = socket.recv_fds(self.sock, 1 << 20, 1)
+                    if not data:
+                        return
+                    self.fork(json.loads(data), fds[0])
+        except (Closed, ConnectionResetError):
+            return
+        finally:
+            for pid in self.children:
+                for send in (os.killpg, os.kill):
+                    with contextlib.suppress(OSError):
+                        send(pid, signal.SIGKILL)
+
+    def reap(self) -> None:
+        while self.children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except OSError as error:
+                if error.errno == errno.ECHILD:
+                    return
+                raise
+            if pid == 0:
+                return
+            self.children.discard(pid)
+            self.channel.send({"exited": pid, "returncode": os.waitstatus_to_exitcode(status)})
+
+    def fork(self, request: dict[str, Any], fd: int) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self.child(request, fd)
+        os.close(fd)
+        self.children.add(pid)
+        self.channel.send({"started": pid})
+
+    def child(self, request: dict[str, Any], fd: int) -> None:
+        """Never returns."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for sock in (self.sock, self.wakeup, self.wake):
+                sock.close()
+            output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.close(output)
+            from pytest_vram.measure.worker import run
+
+            run(socket.socket(fileno=fd), request["task"], request["environ"])
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)

@@ -1,0 +1,293 @@
+"""The worker's task: build the pipeline of one case, call it, and report what that took."""
+
+import gc
+import math
+import re
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pytest_vram.cases.case import Case
+from pytest_vram.cases.models import Model
+from pytest_vram.measure.channel import Message
+from pytest_vram.measure.phases import Phases
+from pytest_vram.measure.worker import Reporter
+from pytest_vram.pipelines.build import (
+    call_arguments,
+    denoiser_calls,
+    networks,
+    pretrained_pipeline,
+    random_pipeline,
+    weights_bytes,
+)
+from pytest_vram.pipelines.optimizations import chosen, torch_dtype
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+
+class Device(Protocol):
+    """Clock and memory counters of what runs the pipeline."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, begin: Any, end: Any) -> float: ...
+
+    def synchronize(self) -> None: ...
+
+    def take_peak(self) -> int | None:
+        """The allocated peak in bytes since the last call of this method."""
+
+    def totals(self) -> dict[str, int | None]: ...
+
+    def out_of_memory_errors(self) -> int: ...
+
+
+class Cuda:
+    """Time by CUDA events, memory by PyTorch's allocator."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._allocated_peak = self._reserved_peak = 0
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) / 1000
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def take_peak(self) -> int | None:
+        stats = torch.cuda.memory_stats()
+        peak = stats.get("allocated_bytes.all.peak", 0)
+        self._allocated_peak = max(self._allocated_peak, peak)
+        self._reserved_peak = max(self._reserved_peak, stats.get("reserved_bytes.all.peak", 0))
+        torch.cuda.reset_peak_memory_stats()
+        return peak or None
+
+    def totals(self) -> dict[str, int | None]:
+        self.take_peak()
+        return {
+            "allocated_peak_bytes": self._allocated_peak or None,
+            "reserved_peak_bytes": self._reserved_peak or None,
+            "reserved_bytes": torch.cuda.memory_reserved(),
+            "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries"),
+        }
+
+    def out_of_memory_errors(self) -> int:
+        return int(torch.cuda.memory_stats().get("num_ooms", 0))
+
+
+class Cpu:
+    """Time by the wall clock; the host has no allocator statistics."""
+
+    name = "cpu"
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return float(end - begin)
+
+    def synchronize(self) -> None:
+        return None
+
+    def take_peak(self) -> int | None:
+        return None
+
+    def totals(self) -> dict[str, int | None]:
+        return {}
+
+    def out_of_memory_errors(self) -> int:
+        return 0
+
+
+def run(job: Message, reporter: Reporter) -> None:
+    """The task `pytest_vram.measure.generation:run`; reports `done` or `failed`, then waits to be let go."""
+    _Generation(job, reporter).run()
+
+
+class _Generation:
+    def __init__(self, job: Message, reporter: Reporter) -> None:
+        self.case = Case.model_validate(job["case"])
+        self.model = Model.model_validate(job["model"])
+        self.device: Device = Cuda() if job["device"] == "cuda" else Cpu()
+        self.place: str = job["device"]
+        self.wanted_rounds: int | None = job["rounds"]
+        self.budget_s: float = job["round_budget_s"]
+        self.save_images: str | None = job["save_images"]
+        self.reporter = reporter
+        self.phase = "load"
+        self.peaks: dict[str, int] = {}
+        self.marks: list[tuple[str, Any]] = []
+        self.track_memory = True
+        self.found: dict[str, Any] = {}
+        self.output: Any = None
+
+    def run(self) -> None:
+        ooms = 0
+        try:
+            if self.place == "cuda":
+                torch.cuda.init()
+                torch.cuda.memory_stats()
+                answer = self.reporter.ask("context", reserved_bytes=torch.cuda.memory_reserved())
+                if answer["cap_bytes"] is not None:
+                    total = torch.cuda.get_device_properties(0).total_memory
+                    torch.cuda.set_per_process_memory_fraction(min(1.0, answer["cap_bytes"] / total))
+            pipe = self.load()
+            ooms = self.device.out_of_memory_errors()
+            self.generate(pipe)
+        except Exception as error:
+            self.fail(error, ooms)
+        else:
+            self.reporter.ask("done", **{**self.totals(), **self.found})
+
+    def load(self) -> Any:
+        """The pipeline in place, its optimizations applied."""
+        self.reporter.send("phase", phase="load")
+        self.device.take_peak()
+        began = time.perf_counter()
+        optimizations = chosen(self.case.optimizations)
+        dtype = torch_dtype(self.case.optimizations)
+        place = "cpu" if any(o.offloads for o in optimizations) else self.place
+        torch.manual_seed(self.case.seed)
+        build = pretrained_pipeline if self.case.weights == "pretrained" else random_pipeline
+        pipe = build(self.model, dtype, place)
+        weights = weights_bytes(networks(pipe))
+        for optimization in optimizations:
+            optimization.apply(pipe)
+        self.device.synchronize()
+        self.found |= {"load_s": time.perf_counter() - began, "weights_bytes": weights}
+        self.seen = {o.name: o.watch(pipe, self.model.denoiser) for o in optimizations}
+        self.phases = Phases(pipe, self.model.denoiser, self.enter)
+        return pipe
+
+    def generate(self, pipe: Any) -> None:
+        """Cold call, pilot call, rounds."""
+        self.reporter.send("phase", phase="warm-up")
+        began = time.perf_counter()
+        self.call(pipe)
+        self.found["cold_s"] = time.perf_counter() - began
+        pilot_s = sum(self.call(pipe).values())
+        self.found["warmup_s"] = time.perf_counter() - began
+        self.found["effects"] = {n: "applied" if seen() else "no_effect" for n, seen in self.seen.items()}
+        rounds = self.wanted_rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(self.budget_s / pilot_s)))
+        self.track_memory = False
+        gc.collect()
+        gc.freeze()  # what is alive now stays: later collections need not walk it
+        self.reporter.ask("rounds", count=rounds, pilot_s=pilot_s)
+        began = time.perf_counter()
+        durations = []
+        for index in range(rounds):
+            durations.append(self.call(pipe, keep_output=index == rounds - 1))
+            self.reporter.send("round", index=index)
+        self.found["rounds_wall_s"] = time.perf_counter() - began
+        self.found["rounds"] = durations
+        self.found["denoiser_calls"] = denoiser_calls(pipe, self.case.steps)
+        self.found["native_denoiser_calls"] = denoiser_calls(pipe, self.model.native.steps)
+        if self.save_images:
+            self.found |= self.totals()
+            self.found["images"] = save_images(self.output, Path(self.save_images), self.case.id)
+
+    def call(self, pipe: Any, keep_output: bool = False) -> dict[str, float]:
+        """One call from prompts to pixels: seconds by phase."""
+        generator = torch.Generator(self.place).manual_seed(self.case.seed)
+        arguments = call_arguments(pipe, self.case, generator)
+        self.marks = []
+        self.device.synchronize()
+        self.phases.begin()
+        output = pipe(**arguments)
+        self.marks.append(("end", self.device.mark()))
+        self.device.synchronize()
+        self.take_peak()
+        if keep_output:
+            self.output = output
+        return {
+            name: self.device.seconds(begin, end)
+            for (name, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False)
+        }
+
+    def enter(self, phase: str) -> None:
+        self.marks.append((phase, self.device.mark()))
+        self.take_peak()
+        self.phase = phase
+
+    def take_peak(self) -> None:
+        """Reading the counters costs a tenth of a millisecond: in the rounds they run through."""
+        if self.track_memory and (peak := self.device.take_peak()):
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), peak)
+
+    def totals(self) -> dict[str, Any]:
+        kibibytes = 1 if sys.platform == "darwin" else 1024  # getrusage(2): ru_maxrss
+        return {
+            **self.device.totals(),
+            "phase_peaks": self.peaks,
+            "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes,
+        }
+
+    def fail(self, error: Exception, ooms_before: int) -> None:
+        """A failure is a result: where, why, and what was held until then."""
+        ran_out = out_of_memory(error)
+        if not ran_out and self.place == "cuda":  # some pipelines swallow the error and die of the next one
+            ran_out = self.device.out_of_memory_errors() > ooms_before
+        message = f"{type(error).__name__}: {error}"
+        self.reporter.ask(
+            "failed",
+            status="oom" if ran_out else "error",
+            phase=self.phase,
+            requested_bytes=requested_bytes(message),
+            message=message,
+            **{**self.totals(), **self.found},
+        )
+        if not ran_out:
+            raise error  # the traceback belongs in the worker's output
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether running out of GPU memory is at the root of this exception."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def requested_bytes(message: str) -> int | None:
+    """The bytes that PyTorch's message says it tried to allocate."""
+    match = re.search(r"Tried to allocate ([\d.]+) ([KMG]iB)", message)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
+
+
+def median_phases(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The median seconds of each phase over the rounds."""
+    return {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+
+
+def save_images(output: Any, folder: Path, case_id: str) -> list[str]:
+    """Write the images of one call as PNG; the names hold nothing but letters, digits and `+-_.`"""
+    import numpy
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^A-Za-z0-9+_-]+", "_", case_id).strip("_")
+    images = output.images if hasattr(output, "images") else output.frames[0]
+    pixels = torch.nan_to_num(images.float()).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+    names = []
+    for number, image in enumerate(numpy.asarray(pixels)):
+        name = f"{stem}_{number}.png"
+        Image.fromarray(image).save(folder / name)
+        names.append(name)
+    return names

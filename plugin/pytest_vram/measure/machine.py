@@ -1,0 +1,176 @@
+"""What the workers of a session run on: started here, asked once, handed back at the end."""
+
+import contextlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pytest_vram.cases.models import Model
+from pytest_vram.errors import StartError, UsageError
+from pytest_vram.measure import nvml
+from pytest_vram.measure.channel import Closed
+from pytest_vram.measure.environment import hidden
+from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, ForkServer, Spawner, Starter
+
+Device = Literal["meta", "cpu", "cuda"]
+CANARY = "pytest_vram.measure.probes:canary"
+CANARY_TIMEOUT_S = 120.0
+SETTLE_S = 3.0  # how long the driver may take to free what a finished worker held
+SETTLED_BYTES = 16 << 20
+
+
+@dataclass
+class Machine:
+    """The device, what starts workers on it, and how to read its memory.
+
+    `context_bytes` is what the canary held outside PyTorch's allocator; `cannot` says why a figure cannot be read.
+    """
+
+    device: Device
+    starter: Starter
+    facts: dict[str, Any] = field(default_factory=dict)
+    gpu: nvml.Gpu | None = None
+    memory_bytes: int | None = None
+    context_bytes: int = 0
+    cannot: dict[str, str] = field(default_factory=dict)
+
+    def baseline(self) -> int:
+        """Bytes in use on the device before a case, once the last worker's memory is free again."""
+        if self.gpu is None:
+            return 0
+        deadline = time.monotonic() + SETTLE_S
+        idle = int(self.facts.get("gpu_idle_bytes") or 0)
+        while (used := self.gpu.used_bytes() or 0) > idle + SETTLED_BYTES and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return used
+
+    def close(self) -> None:
+        self.starter.close()
+
+
+def preload(models: Iterable[Model]) -> list[str]:
+    """What the fork server imports: our worker tasks and the classes of these models."""
+    names = ["pytest_vram.measure.simulation", "pytest_vram.measure.probes", "pytest_vram.measure.generation"]
+    for model in models:
+        names.append(f"diffusers:{model.pipeline}")
+        names.append(f"diffusers:{model.scheduler.class_name}")
+        names += [f"{component.library}:{component.class_name}" for component in model.components.values()]
+    return list(dict.fromkeys(names))
+
+
+def start_machine(
+    device: Device, models: Iterable[Model], *, allow_shared: bool, name_host: bool, say: Callable[[str], None]
+) -> Machine:
+    """Start what `device` needs.
+
+    Raises:
+        UsageError: no GPU, a GPU in use by others, or libraries that cannot be imported.
+    """
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
+        raise UsageError("torch or diffusers is not installed: pip install torch diffusers transformers accelerate")
+    if device == "cuda":
+        _refuse_without_driver()
+    say("importing torch and diffusers")
+    starter: Starter
+    try:
+        starter = ForkServer(preload(models))
+    except StartError as error:
+        raise UsageError(str(error)) from error
+    if device != "cuda":
+        return Machine(device, starter)
+    try:
+        machine = _with_gpu(starter, name_host)
+        if machine is None:
+            starter.close()
+            starter = Spawner()
+            machine = _with_gpu(starter, name_host)
+        if machine is None:
+            raise UsageError("--gpu: a worker process could not use CUDA; `pytest-vram doctor` says what is missing")
+        if not allow_shared:
+            _refuse_shared(machine)
+    except BaseException:
+        starter.close()
+        raise
+    return machine
+
+
+def _refuse_without_driver() -> None:
+    """A quick no where there is plainly no GPU; in doubt the canary decides."""
+    try:
+        nvml.driver_version()
+    except nvml.NvmlUnavailable as error:
+        if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl", "/dev/kfd")):
+            raise UsageError(
+                f"--gpu: {error}; leave --gpu out for the estimate, or see `pytest-vram doctor`"
+            ) from error
+
+
+def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
+    """The machine as the canary found it, or None where a worker of this starter cannot use CUDA."""
+    worker = starter.start(CANARY, PRELOAD_ENVIRON)
+    try:
+        worker.channel.send({})
+        answer = worker.channel.receive(CANARY_TIMEOUT_S)
+        if answer is None or answer["event"] == "unavailable":
+            if starter.name == "spawn" and answer:
+                raise UsageError(f"--gpu: {answer['message']}; leave --gpu out for the estimate")
+            return None
+        machine = Machine("cuda", starter, memory_bytes=answer["memory_bytes"])
+        machine.facts = {
+            "gpu": answer["name"],
+            "gpu_memory_bytes": answer["memory_bytes"],
+            "gpu_uuid": hidden(answer["uuid"], name_host),
+            "compute_capability": answer["capability"],
+            "cuda": answer["cuda"],
+            "cudnn": answer["cudnn"],
+        }
+        with contextlib.suppress(nvml.NvmlUnavailable):
+            machine.gpu = nvml.gpu_by_uuid(answer["uuid"])
+        if machine.gpu is None:
+            why = "NVML does not know this GPU"
+            machine.cannot = {f"memory.{key}": why for key in ("nvml_process_peak_bytes", "nvml_device_peak_bytes")}
+            return machine
+        used = machine.gpu.processes().get(worker.pid)
+        if used is not None:
+            machine.context_bytes = max(0, used - answer["reserved_bytes"])
+        elif (in_use := machine.gpu.used_bytes()) is not None:
+            machine.context_bytes = max(0, in_use - answer["reserved_bytes"])
+        machine.facts |= {
+            "driver": nvml.driver_version(),
+            "power_limit_w": machine.gpu.power_limit_w(),
+            "mig": machine.gpu.mig(),
+        }
+    except Closed:
+        return None
+    finally:
+        worker.kill()
+    _wait_for_exit(machine)
+    return machine
+
+
+def _wait_for_exit(machine: Machine) -> None:
+    """Read what the idle device holds, once the canary's memory is free again."""
+    assert machine.gpu is not None
+    last = machine.gpu.used_bytes() or 0
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        now = machine.gpu.used_bytes() or 0
+        if now >= last - (1 << 20):
+            break
+        last = now
+    machine.facts["gpu_idle_bytes"] = machine.gpu.used_bytes()
+
+
+def _refuse_shared(machine: Machine) -> None:
+    others = machine.gpu.processes() if machine.gpu else {}
+    if others:
+        held = sum(used or 0 for used in others.values()) / 2**30
+        pids = ", ".join(str(pid) for pid in sorted(others))
+        raise UsageError(
+            f"--gpu: other processes use this GPU (pid {pids}, {held:.1f} GiB) and would be measured too: "
+            "stop them, or give --vram-allow-shared"
+        )

@@ -1,0 +1,367 @@
+"""One case measured in a fresh worker: talks to the worker, samples NVML meanwhile, and makes the record."""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from pytest_vram.cases.case import Case
+from pytest_vram.cases.models import Model
+from pytest_vram.errors import StartError, WorkerDied
+from pytest_vram.measure import nvml
+from pytest_vram.measure.channel import Closed, Message
+from pytest_vram.measure.environment import without_paths
+from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
+from pytest_vram.measure.machine import Machine
+from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
+from pytest_vram.pipelines.optimizations import chosen, impossible
+from pytest_vram.records.schema import (
+    NVML_SLACK_BYTES,
+    Failure,
+    Memory,
+    PhaseCost,
+    Record,
+    RoundTelemetry,
+    Telemetry,
+    Time,
+    Wall,
+    WorkerTime,
+    above_the_card,
+)
+
+GENERATION = "pytest_vram.measure.generation:run"
+NO_NEED_SEARCH = "the need is not searched"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; seconds. `interval_s` None turns sampling off, to see what it costs."""
+
+    rounds: int | None = None
+    round_budget_s: float = 4.0
+    timeout_s: float = 600.0
+    save_images: str | None = None
+    workers: int = 1
+    interval_s: float | None = MEMORY_INTERVAL_S
+    task: str = GENERATION
+
+
+class Watcher:
+    """Told what goes on while a case runs; the session shows it and lets estimates use the time between rounds."""
+
+    def progress(self, text: str) -> None:
+        """What the worker does now."""
+
+    def idle(self) -> None:
+        """Called every few milliseconds while nothing is timed."""
+
+    def timing(self, on: bool) -> None:
+        """Rounds are being timed from now on, or no longer."""
+
+
+@dataclass
+class _Run:
+    """What one worker reported."""
+
+    outcome: Message
+    sampler: Sampler
+    telemetry: list[RoundTelemetry] = field(default_factory=list)
+    context: int | None = None
+    output_tail: str = ""
+    seconds: float = 0.0
+
+
+def measure(case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher) -> Record:
+    """Measure one case; whatever goes wrong in its worker is part of the record.
+
+    A KeyboardInterrupt kills the worker and is raised again, with the record as its argument.
+    """
+    common: dict[str, Any] = {"id": case.id, "case": case, "method": "measured"}
+    if reason := impossible(case.optimizations, machine.device):
+        return Record(status="skipped", reason=reason, **common)
+    began = time.monotonic()
+    runs: list[_Run] = []
+    try:
+        for _ in range(settings.workers):
+            run = _limited(case, model, machine, settings, watcher)
+            runs.append(run)
+            if run.outcome["event"] != "done":
+                break
+    except KeyboardInterrupt:
+        failure = Failure(message="interrupted")
+        wall = Wall(total_s=time.monotonic() - began)
+        raise KeyboardInterrupt(Record(status="error", failure=failure, wall=wall, **common)) from None
+    return _record(case, model, machine, runs, time.monotonic() - began, common)
+
+
+def _limited(case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher) -> _Run:
+    """One worker; under a limit once more where its context grew beyond what was set aside for it."""
+    context = machine.context_bytes
+    run = _one_worker(case, model, machine, settings, watcher, context)
+    grown = run.context or 0
+    reserved = run.outcome.get("reserved_peak_bytes") or 0
+    if case.limit_bytes and run.outcome["event"] == "done" and grown + reserved > case.limit_bytes:
+        machine.context_bytes = max(context, grown)
+        run = _one_worker(case, model, machine, settings, watcher, machine.context_bytes)
+    return run
+
+
+def _one_worker(
+    case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher, context: int
+) -> _Run:
+    environ = dict(PRELOAD_ENVIRON)
+    for optimization in chosen(case.optimizations):
+        environ |= optimization.environ
+    sampler = Sampler(machine.gpu if settings.interval_s else None, -1, machine.baseline())
+    began = time.monotonic()
+    try:
+        worker = machine.starter.start(settings.task, environ)
+    except StartError as error:
+        return _Run({"event": "failed", "status": "error", "message": str(error)}, sampler)
+    sampler.pid = worker.pid
+    job = {
+        "case": case.model_dump(mode="json"),
+        "model": model.model_dump(mode="json", by_alias=True),
+        "device": machine.device,
+        "rounds": settings.rounds,
+        "round_budget_s": settings.round_budget_s,
+        "save_images": settings.save_images,
+    }
+    run = _Run({}, sampler)
+    conversation = _Conversation(worker, run, settings, watcher, began + settings.timeout_s)
+    try:
+        worker.channel.send(job)
+        conversation.hold(case.limit_bytes, context)
+    except Closed:
+        died = _died(worker, conversation.phase)
+        run.outcome = {"event": "failed", "status": "error", "phase": conversation.phase, "message": str(died)}
+    finally:
+        watcher.timing(False)
+        run.output_tail = worker.output_tail()
+        worker.kill()
+        run.seconds = time.monotonic() - began
+    return run
+
+
+class _Conversation:
+    """From the job to the outcome, sampling between the messages."""
+
+    def __init__(self, worker: Worker, run: _Run, settings: Settings, watcher: Watcher, deadline: float) -> None:
+        self.worker, self.run, self.settings, self.watcher = worker, run, settings, watcher
+        self.deadline = deadline
+        self.phase: str | None = "load"
+        self.rounds: int | None = None
+
+    def hold(self, limit: int | None, context: int) -> None:
+        """Raises Closed when the worker dies."""
+        channel, sampler = self.worker.channel, self.run.sampler
+        while not self.run.outcome:
+            message = channel.receive(self.settings.interval_s or 0.5)
+            timing = self.rounds is not None
+            if self.settings.interval_s:
+                sampler.sample(states=timing)
+            if not timing:
+                self.watcher.idle()
+            if message is None:
+                if time.monotonic() > self.deadline:
+                    self._time_out()
+                continue
+            event = message["event"]
+            if event == "context":
+                channel.send({"cap_bytes": None if limit is None else max(1 << 20, limit - context)})
+            elif event == "phase":
+                self.phase = message["phase"] if message["phase"] == "load" else None
+                self.watcher.progress(message["phase"])
+            elif event == "rounds":
+                self.rounds = message["count"]
+                self.watcher.progress(f"{self.rounds} rounds of about {message['pilot_s']:.2f} s")
+                self.watcher.timing(True)
+                channel.send({})
+            elif event == "round":
+                self.run.telemetry.append(sampler.end_round())
+                self.watcher.progress(f"round {message['index'] + 1} of {self.rounds}")
+            else:
+                self._finish(message)
+
+    def _finish(self, message: Message) -> None:
+        """The worker waits, holding all it held: the moment to see what is outside the allocator."""
+        if self.settings.interval_s:
+            self.run.sampler.sample()
+            self.run.context = self.run.sampler.held_outside(message.get("reserved_bytes") or 0)
+        self.run.outcome = message
+
+    def _time_out(self) -> None:
+        where = f" in {self.phase}" if self.phase else ""
+        message = f"no result within {self.settings.timeout_s:g} s{where} (--vram-timeout)"
+        self.run.outcome = {"event": "failed", "status": "timeout", "phase": self.phase, "message": message}
+
+
+def _died(worker: Worker, phase: str | None) -> WorkerDied:
+    code = worker.wait(5)
+    if code is not None and code < 0:
+        cause = f"was killed by signal {-code}"
+        if code == -9:
+            cause += " (the kernel does so when the host runs out of memory)"
+    else:
+        cause = f"ended with exit code {code}"
+    lines = [line for line in worker.output_tail().splitlines() if line.strip()]
+    last = f": {lines[-1].strip()}" if lines and code != -9 else ""
+    where = f" in {phase}" if phase else ""
+    return WorkerDied(f"the worker {cause}{where}{last}", code)
+
+
+# From what the workers reported to a record
+
+
+def _record(
+    case: Case, model: Model, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]
+) -> Record:
+    last = runs[-1]
+    outcome = last.outcome
+    wall = Wall(
+        total_s=seconds,
+        load_s=sum(run.outcome.get("load_s", 0.0) for run in runs),
+        warmup_s=sum(run.outcome.get("warmup_s", 0.0) for run in runs),
+        rounds_s=sum(run.outcome.get("rounds_wall_s", 0.0) for run in runs),
+    )
+    memory, unavailable = _memory(machine, runs)
+    fields: dict[str, Any] = {
+        **common,
+        "status": "ok" if outcome["event"] == "done" else outcome["status"],
+        "memory": memory,
+        "phases": _phases(runs),
+        "effects": outcome.get("effects", {}),
+        "telemetry": Telemetry(rounds=last.telemetry),
+        "disturbed": _disturbed(last.sampler),
+        "wall": wall,
+    }
+    if outcome["event"] == "done":
+        fields["time"] = _time(case, model, runs)
+        if fields["time"].rounds_discarded == len(last.outcome["rounds"]):
+            fields["disturbed"] = "every round ran on a throttled GPU"
+    else:
+        unavailable["time"] = f"no round was completed: {fields['status']}"
+        fields["failure"] = Failure(
+            phase=outcome.get("phase"),
+            requested_bytes=outcome.get("requested_bytes"),
+            limit_bytes=case.limit_bytes or (machine.memory_bytes if outcome["status"] == "oom" else None),
+            message=without_paths(outcome["message"])[:2000],
+            output_tail=without_paths(last.output_tail),
+        )
+    fields["unavailable"] = unavailable
+    return _possible(fields, machine)
+
+
+def _possible(fields: dict[str, Any], machine: Machine) -> Record:
+    """The record; where its figures cannot be true it says so instead of showing them."""
+    try:
+        record = Record(**fields)
+        problem = above_the_card(record, machine.memory_bytes) if machine.memory_bytes else None
+    except ValidationError as error:
+        problem = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+    if not problem:
+        return record
+    refused = {"memory": Memory(), "time": Time(), "phases": {}, "status": "error"}
+    failure = Failure(message=f"impossible figures: {problem}")
+    return Record(**{**fields, **refused, "failure": failure, "unavailable": {"memory": "impossible figures"}})
+
+
+def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]:
+    outcome, sampler = runs[-1].outcome, runs[-1].sampler
+    unavailable = {
+        **machine.cannot,
+        "memory.need_bytes": NO_NEED_SEARCH,
+        "memory.need_tolerance_bytes": NO_NEED_SEARCH,
+        "memory.required_bytes": NO_NEED_SEARCH,
+        "time.at_need_s": NO_NEED_SEARCH,
+        "memory.estimated_need_bytes": "the estimate was not finished",
+        "energy_j_per_image": "not measured",
+    }
+
+    def most(key: str) -> int | None:
+        return max((run.outcome.get(key) or 0 for run in runs), default=0) or None
+
+    reserved = most("reserved_peak_bytes")
+    process = max((run.sampler.process_peak or 0 for run in runs), default=0) or None
+    device = max((run.sampler.device_peak or 0 for run in runs), default=0) or None
+    context = max((run.context or 0 for run in runs), default=0) or None
+    if machine.device == "cpu":
+        for key in ("allocated_peak_bytes", "reserved_peak_bytes", "nvml_process_peak_bytes", "nvml_device_peak_bytes"):
+            unavailable[f"memory.{key}"] = "the CPU has no allocator statistics; host_peak_bytes is the process's RSS"
+        unavailable["memory.context_bytes"] = "there is no GPU context on the CPU"
+    elif sampler.gpu is not None and process is None:
+        unavailable["memory.nvml_process_peak_bytes"] = (
+            "NVML lists no process with the worker's pid (so in some containers, under MIG and on WSL); "
+            "nvml_device_peak_bytes is the device less its idle baseline"
+        )
+    if process is not None and reserved is not None and process + NVML_SLACK_BYTES < reserved:
+        unavailable["memory.nvml_process_peak_bytes"] = (
+            f"NVML's highest reading, {process}, is below what PyTorch had reserved: the peak fell between two samples"
+        )
+        process = None
+    memory = Memory(
+        weights_bytes=outcome.get("weights_bytes"),
+        allocated_peak_bytes=most("allocated_peak_bytes"),
+        reserved_peak_bytes=reserved,
+        nvml_process_peak_bytes=process,
+        nvml_device_peak_bytes=device,
+        context_bytes=context,
+        host_peak_bytes=most("host_peak_bytes"),
+        alloc_retries=outcome.get("alloc_retries"),
+    )
+    for key, value in memory.model_dump().items():
+        if value is None and key != "estimated_allocated_peak_bytes":
+            unavailable.setdefault(f"memory.{key}", "the worker did not get so far")
+    return memory, unavailable
+
+
+def _phases(runs: list[_Run]) -> dict[str, PhaseCost]:
+    """Median seconds over all rounds of all workers, and the highest allocated peak."""
+    rounds = [r for run in runs for r in run.outcome.get("rounds", [])]
+    phases = {}
+    for name in ("load", "encode", "denoise", "decode"):
+        peaks = [run.outcome.get("phase_peaks", {}).get(name, 0) for run in runs]
+        if name == "load":
+            times = [run.outcome["load_s"] for run in runs if "load_s" in run.outcome]
+        else:
+            times = [r[name] for r in rounds if name in r]
+        if times or any(peaks):
+            time_s = statistics.median(times) if times else None
+            phases[name] = PhaseCost(time_s=time_s, allocated_peak_bytes=max(peaks) or None)
+    return phases
+
+
+def _time(case: Case, model: Model, runs: list[_Run]) -> Time:
+    """Rounds of a throttled GPU are discarded, unless no other is left."""
+    workers, kept_rounds, discarded = [], [], 0
+    for run in runs:
+        rounds = run.outcome["rounds"]
+        states = run.telemetry or [RoundTelemetry()] * len(rounds)
+        kept = [r for r, state in zip(rounds, states, strict=True) if not nvml.ABNORMAL & set(state.throttle)]
+        discarded += len(rounds) - len(kept)
+        kept = kept or rounds
+        kept_rounds += kept
+        seconds = [sum(r.values()) for r in kept]
+        workers.append(WorkerTime(rounds_s=seconds, median_s=statistics.median(seconds)))
+    median = statistics.median(worker.median_s for worker in workers)
+    phase = {name: statistics.median(r.get(name, 0.0) for r in kept_rounds) for name in ("encode", "denoise", "decode")}
+    step = phase["denoise"] / runs[-1].outcome["denoiser_calls"]
+    return Time(
+        cold_s=runs[0].outcome["cold_s"],
+        median_s=median,
+        step_s=step or None,
+        images_per_s=case.batch_size / median,
+        full_length_s=phase["encode"] + runs[-1].outcome["native_denoiser_calls"] * step + phase["decode"],
+        full_length_steps=model.native.steps,
+        workers=workers,
+        rounds_discarded=discarded,
+    )
+
+
+def _disturbed(sampler: Sampler) -> str | None:
+    if not sampler.others:
+        return None
+    pids = ", ".join(str(pid) for pid in sorted(sampler.others))
+    return f"other processes used the GPU meanwhile (pid {pids})"

@@ -1,0 +1,33 @@
+"""Where a call of a pipeline passes from one phase to the next: encode, denoise, decode."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Phases:
+    """Calls `enter(name)` when the call begins, at the denoiser's first forward and at the VAE's decode.
+
+    The three phases leave no gap: what the pipeline does between them belongs to the one that went before.
+    """
+
+    def __init__(self, pipe: Any, denoiser: str, enter: Callable[[str], None]) -> None:
+        self._enter = enter
+        self.current = "load"
+        # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
+        getattr(pipe, denoiser).register_forward_pre_hook(lambda *_: self._once("denoise"), prepend=True)
+        decode = pipe.vae.decode
+
+        def decoding(*args: Any, **kwargs: Any) -> Any:
+            self._once("decode")
+            return decode(*args, **kwargs)
+
+        pipe.vae.decode = decoding
+
+    def begin(self) -> None:
+        """A call of the pipeline begins."""
+        self._once("encode")
+
+    def _once(self, name: str) -> None:
+        if name != self.current:
+            self.current = name
+            self._enter(name)

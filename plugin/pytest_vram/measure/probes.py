@@ -1,0 +1,46 @@
+"""Small worker tasks: the canary that tries CUDA in a worker, and the estimate of one case."""
+
+from dataclasses import asdict
+from typing import Any
+
+from pytest_vram.cases.case import Case
+from pytest_vram.cases.models import Model
+from pytest_vram.measure.channel import Message
+from pytest_vram.measure.worker import Reporter
+
+
+def canary(job: Message, reporter: Reporter) -> None:
+    """Initialise CUDA, load the kernels that every pipeline uses, and tell what GPU this is."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = "no GPU answers" if built else f"torch {torch.__version__} is built for the CPU"
+        reporter.ask("unavailable", message=why)
+        return
+    properties = torch.cuda.get_device_properties(0)
+    for dtype in (torch.float16, torch.float32):
+        sample = torch.zeros(1, 64, 64, 64, device="cuda", dtype=dtype)
+        convolved = torch.nn.functional.conv2d(sample, torch.zeros(64, 64, 3, 3, device="cuda", dtype=dtype), padding=1)
+        normalized = torch.nn.functional.group_norm(convolved, 32)
+        tokens = normalized.reshape(1, 1, 64 * 64, 64)
+        torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens) @ tokens.transpose(-1, -2)
+    torch.cuda.synchronize()
+    reporter.ask(
+        "available",
+        name=properties.name,
+        memory_bytes=properties.total_memory,
+        uuid=str(properties.uuid),
+        capability=f"{properties.major}.{properties.minor}",
+        cuda=torch.version.cuda or torch.version.hip,
+        cudnn=str(torch.backends.cudnn.version()),
+        reserved_bytes=torch.cuda.memory_reserved(),
+    )
+
+
+def estimate(job: Message, reporter: Reporter) -> None:
+    """Simulate one case."""
+    from pytest_vram.measure.simulation import simulate
+
+    result: dict[str, Any] = asdict(simulate(Model.model_validate(job["model"]), Case.model_validate(job["case"])))
+    reporter.ask("done", **result)

@@ -1,0 +1,241 @@
+"""Runs a real pipeline on tensors without data, and records what memory it would take and give back on a GPU.
+
+Tensors that depend on a weight are on the meta device: a shape and no data. Small tensors that do not (token ids, masks,
+timesteps) stay real, so that code which reads values works unchanged.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytest_vram.measure.allocator import MIB, ROUNDING, Event, rounded
+
+aten = torch.ops.aten
+CPU, META = torch.device("cpu"), torch.device("meta")
+KEEP_VALUES = 1 << 20  # tensors of at most so many elements, made of no weight, stay real
+CUBLAS_WORKSPACE = 32 * MIB  # taken at the first matrix product on Hopper; PyTorch takes about 8 MiB on older GPUs
+MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+SHAPE_FROM_VALUES = {"aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"}
+
+Block = tuple[int, int]  # number, bytes
+
+
+def as_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A meta tensor of the same shape, strides and dtype, with a storage of its own."""
+    made: torch.Tensor = aten.empty_strided.default(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+    return made
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_meta else as_meta(tensor)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in value if isinstance(v, torch.Tensor))
+
+
+def _substitute(change: Callable[[torch.Tensor], torch.Tensor], args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """The arguments with `change` applied to their tensors and devices set to meta; they nest one list deep."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [one(v) for v in value]
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        return META if isinstance(value, torch.device) else value
+
+    return [one(a) for a in args], {k: one(v) for k, v in kwargs.items()}
+
+
+class Trace(TorchDispatchMode):
+    """Executes operators on meta and real tensors mixed, and records the births and deaths of storages as events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.count = self.live = self.peak = 0
+        self.workspaces = 0
+        self._storages: dict[int, Any] = {}
+        self._shapes: dict[Any, Any] = {}
+        self._used_cublas = False
+
+    # What is recorded
+
+    def malloc(self, size: int) -> Block:
+        """A block of `size` bytes is taken."""
+        self.count += 1
+        self.events.append((self.count, size))
+        self.live += rounded(size, ROUNDING)
+        self.peak = max(self.peak, self.live)
+        return self.count, size
+
+    def free(self, block: Block) -> None:
+        """A block is given back."""
+        self.events.append((-block[0], 0))
+        self.live -= rounded(block[1], ROUNDING)
+
+    def empty_cache(self) -> None:
+        """The pipeline empties the allocator's cache."""
+        self.events.append((0, "empty_cache"))
+
+    def enter(self, phase: str) -> None:
+        """A phase begins."""
+        self.events.append((0, f"enter:{phase}"))
+
+    def on_host(self, tensor: torch.Tensor) -> None:
+        """This tensor's storage takes nothing on the GPU."""
+        self._storages[tensor.untyped_storage()._cdata] = None
+
+    def track(self, tensor: torch.Tensor) -> None:
+        """This tensor's storage is on the GPU from now until it is collected."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages or not storage.nbytes():
+            return
+        block = self.malloc(storage.nbytes())
+
+        def dead(_: Any) -> None:
+            del self._storages[key]
+            self.free(block)
+
+        self._storages[key] = weakref.ref(storage, dead)
+
+    # How operators run
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._run(func, args, kwargs or {})
+        for tensor in _tensors_in((out,)):
+            self.track(tensor)
+        if func is aten.convolution.default:
+            self._workspace(args[0], args[1], out)
+        elif not self._used_cublas and func in MATMULS:
+            self._used_cublas = True
+            self.malloc(CUBLAS_WORKSPACE)
+        return out
+
+    def _workspace(self, sample: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """cuDNN's optional workspace: copies of input, weight and output in its own layout."""
+        self.events.append((0, _nbytes(sample) + _nbytes(weight) + _nbytes(out)))
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = list(_tensors_in((*args, *kwargs.values())))
+        if not any(t.is_meta for t in tensors):
+            return self._run_real(func, args, kwargs)
+        name = func._schema.name
+        if name == "aten::_local_scalar_dense":  # .item(): isnan().any() and the like
+            return False if tensors[0].dtype == torch.bool else 0.0 if tensors[0].is_floating_point() else 0
+        if name == "aten::equal":
+            return args[0].shape == args[1].shape
+        if name == "aten::bincount":  # routing of a mixture of experts: one expert gets every token
+            return torch.tensor([args[0].numel()])
+        if name in SHAPE_FROM_VALUES:
+            args, kwargs = _substitute(lambda t: torch.ones(t.shape, dtype=t.dtype), args, kwargs)
+            return func(*args, **kwargs)
+        if func._schema.is_mutable and isinstance(args[0], torch.Tensor):  # in place: no storage is born
+            return kwargs.get("out", args[0])
+        if name == "aten::index":
+            return func(_on_meta(args[0]), self._indices(args[1]))
+        if kwargs.get("device") or not all(t.is_meta for t in tensors):  # mixed: the values no longer matter
+            args, kwargs = _substitute(_on_meta, args, kwargs)
+        if name == "aten::convolution":
+            self._copy_for_cudnn(args[0])
+        return self._infer(func, args, kwargs)
+
+    @staticmethod
+    def _indices(indices: Any) -> list[Any]:
+        """A mask selects as many elements as it really has, or all of them where it is not known."""
+        out: list[Any] = []
+        for index in indices:
+            if index is not None and index.dtype == torch.bool:
+                mask = torch.ones(index.shape, dtype=torch.bool) if index.is_meta else index
+                out += [as_meta(i) for i in mask.nonzero(as_tuple=True)]
+            else:
+                out.append(index if index is None else _on_meta(index))
+        return out
+
+    def _run_real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Real in, or nothing: real out, unless it is large (noise, masks of N by N tokens, tables of positions)."""
+        if not func.is_view and not func._schema.is_mutable:
+            try:
+                out = self._infer(func, *_substitute(as_meta, args, kwargs))
+            except (NotImplementedError, RuntimeError):
+                out = None  # the shape depends on the values
+            if isinstance(out, torch.Tensor) and out.numel() > KEEP_VALUES:
+                return out
+        return func(*args, **({**kwargs, "device": CPU} if kwargs.get("device") else kwargs))
+
+    def _infer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result on meta. PyTorch's Python meta kernels take 0.2 ms: layers repeat, so shapes are remembered."""
+
+        def key(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.shape, value.stride(), value.dtype
+            if isinstance(value, (list, tuple)):
+                return tuple(key(v) for v in value)
+            return type(value), value
+
+        known = None
+        if not (func.is_view or func._schema.is_mutable):
+            known = (func, *map(key, args), *((k, key(v)) for k, v in kwargs.items()))
+        if self._shapes.get(known):
+            kind, shapes = self._shapes[known]
+            made = [aten.empty_strided.default(s, st, dtype=d, device=META) for s, st, d in shapes]
+            return made[0] if kind is torch.Tensor else kind(made)
+        out = func(*args, **kwargs)
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        given = {t.untyped_storage()._cdata for t in _tensors_in(args)}
+        if known and all(
+            isinstance(t, torch.Tensor)
+            and t.untyped_storage()._cdata not in given
+            and t.untyped_storage().nbytes() == _nbytes(t)
+            for t in outs
+        ):
+            self._shapes[known] = type(out), [(t.shape, t.stride(), t.dtype) for t in outs]
+        return out
+
+    def _copy_for_cudnn(self, sample: torch.Tensor) -> None:
+        """cuDNN wants its input dense: anything else is copied first."""
+        formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(sample.dim(), [])
+        if not any(sample.is_contiguous(memory_format=f) for f in (torch.contiguous_format, *formats)):
+            self.free(self.malloc(_nbytes(sample)))
+
+
+class OneDevice(TorchFunctionMode):
+    """The pipeline sees one device: a move is a cast or nothing. Attention takes a fused kernel's memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:
+            rest = [a.dtype if isinstance(a, torch.Tensor) else a for a in (*args[1:], kwargs.get("other"))]
+            dtype = next((a for a in rest if isinstance(a, torch.dtype)), kwargs.get("dtype"))
+            kwargs = {k: v for k, v in kwargs.items() if k in ("copy", "memory_format")}
+            if dtype is not None or kwargs:
+                return func(args[0], dtype=dtype or args[0].dtype, **kwargs)
+            return args[0]
+        if func in (torch.Tensor.cpu, torch.Tensor.cuda):
+            return args[0]
+        if func in (torch.tensor, torch.as_tensor):  # on meta it would drop the values
+            kwargs.pop("device", None)
+        if func in (torch.Tensor.numpy, torch.Tensor.tolist) and args[0].is_meta:
+            return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        *batch, heads, length, _channels = query.shape  # fused kernels write (batch, length, heads, channels)
+        shape = (*batch, length, heads, value.shape[-1])
+        return torch.empty(shape, dtype=query.dtype, device=META).transpose(-2, -3)

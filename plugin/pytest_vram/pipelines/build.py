@@ -1,0 +1,213 @@
+"""Builds a diffusers pipeline from a model's architecture or from its trained weights, and says how to call it."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+
+from pytest_vram.cases.case import Case
+from pytest_vram.cases.models import NOT_MEASURED, Component, Model
+from pytest_vram.errors import UsageError
+from pytest_vram.pipelines.tokenizer import StandInTokenizer
+
+PROMPT = "a bowl of ramen with a soft-boiled egg, photographed from above"
+NEGATIVE_PROMPT = "blurry, low quality"
+NOISE_STD = 0.02  # the initializer range of CLIP; small enough that fp16 activations stay finite
+NOISE_BLOCK = 1 << 20  # elements of the block that host weights repeat: drawing each would take minutes
+
+Components = dict[str, torch.nn.Module]
+
+
+def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module:
+    """One network with its parameters on the meta device, in the dtypes `from_pretrained(dtype=...)` gives them.
+
+    Buffers keep their values: position tables and the like are made by `__init__` and are in no checkpoint.
+    """
+    cls = _network_class(component)
+    with init_empty_weights(include_buffers=False):
+        if component.library == "diffusers":
+            module: torch.nn.Module = cls.from_config(component.config)
+        else:
+            module = cls(cls.config_class(**component.config))
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
+    kept = _kept_in_fp32(cls, component.library, dtype)
+    made: dict[int, torch.nn.Parameter] = {}  # tied parameters stay tied
+    for path, submodule in module.named_modules():
+        for name, tensor in submodule._parameters.items():
+            if tensor is not None and id(tensor) not in made:
+                wanted = _dtype(tensor, path, name, kept, dtype)
+                empty = torch.empty(tensor.shape, dtype=wanted, device="meta")
+                made[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False)
+            submodule._parameters[name] = None if tensor is None else made[id(tensor)]
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None and name not in submodule._non_persistent_buffers_set:
+                submodule._buffers[name] = buffer.to(_dtype(buffer, path, name, kept, dtype))
+    return module.eval()
+
+
+def _network_class(component: Component) -> Any:
+    cls = getattr(diffusers if component.library == "diffusers" else transformers, component.class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise UsageError(f"{component.library} {_version(component.library)} has no network {component.class_name}")
+    return cls
+
+
+def _version(library: str) -> str:
+    return str((diffusers if library == "diffusers" else transformers).__version__)
+
+
+def _kept_in_fp32(cls: Any, library: str, dtype: torch.dtype) -> set[str]:
+    """Parts that loading in half precision leaves in fp32: transformers does so for fp16 only, diffusers for bf16 too."""
+    kept = set(getattr(cls, "_keep_in_fp32_modules_strict", None) or ())
+    if library == "diffusers" or dtype == torch.float16:
+        kept |= set(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    return kept
+
+
+def _dtype(tensor: torch.Tensor, path: str, name: str, kept: set[str], dtype: torch.dtype) -> torch.dtype:
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if kept & {*path.split("."), name} else dtype
+
+
+def fill_with_noise(module: torch.nn.Module, device: str) -> None:
+    """Replace meta parameters by small normal noise on `device`, and move the buffers there.
+
+    Noise, because zeros run faster than real data. On the host a block of noise is repeated.
+    """
+    made: dict[int, torch.nn.Parameter] = {}
+    noise: dict[torch.dtype, torch.Tensor] = {}
+    for submodule in module.modules():
+        for name, tensor in submodule._parameters.items():
+            if tensor is None:
+                continue
+            if id(tensor) not in made:
+                data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                if device != "cpu":
+                    data.normal_(0, NOISE_STD)
+                else:
+                    if tensor.dtype not in noise:
+                        noise[tensor.dtype] = torch.empty(NOISE_BLOCK).normal_(0, NOISE_STD).to(tensor.dtype)
+                    for part in data.view(-1).split(NOISE_BLOCK):
+                        part.copy_(noise[tensor.dtype][: part.numel()])
+                made[id(tensor)] = torch.nn.Parameter(data, requires_grad=False)
+            submodule._parameters[name] = made[id(tensor)]
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = buffer.to(device)
+
+
+def assemble(model: Model, components: Mapping[str, torch.nn.Module], **attributes: Any) -> Any:
+    """The model's pipeline around these networks; `attributes` are set on a subclass of it made for this call."""
+    cls = pipeline_class(model)
+    wanted = inspect.signature(cls.__init__).parameters
+    given: dict[str, Any] = {**components, **model.pipeline_arguments}
+    for name, parameter in wanted.items():
+        if name == "self" or name in given:
+            continue
+        if name == "scheduler":
+            scheduler = getattr(diffusers, model.scheduler.class_name)
+            given[name] = scheduler.from_config(dict(model.scheduler.config))
+        elif "tokenizer" in name:
+            given[name] = StandInTokenizer(_sequence_length(model, name.replace("tokenizer", "text_encoder")))
+        elif parameter.default is inspect.Parameter.empty:
+            given[name] = None
+    if attributes:
+        cls = type(cls.__name__, (cls,), {**attributes, "__module__": cls.__module__})
+    pipe = cls(**{name: value for name, value in given.items() if name in wanted})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _sequence_length(model: Model, encoder: str) -> int:
+    component = model.components.get(encoder)
+    is_clip = component is not None and component.class_name.startswith("CLIP")
+    positions = int(component.config.get("max_position_embeddings", 77)) if component and is_clip else 77
+    return positions if is_clip else model.native.sequence_length
+
+
+def pipeline_class(model: Model) -> Any:
+    """The pipeline's class in diffusers.
+
+    Raises:
+        UsageError: where this version of diffusers has none of that name.
+    """
+    cls = getattr(diffusers, model.pipeline, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+        raise UsageError(f"diffusers {diffusers.__version__} has no pipeline {model.pipeline}")
+    return cls
+
+
+def random_pipeline(model: Model, dtype: torch.dtype, device: str) -> Any:
+    """The pipeline with random weights, its networks on `device`."""
+    components: Components = {}
+    for name, component in model.components.items():
+        module = build_component(component, dtype)
+        fill_with_noise(module, device)
+        components[name] = module
+    return assemble(model, components)
+
+
+def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str) -> Any:
+    """The pipeline with its trained weights, from safetensors only and with no remote code, on `device`."""
+    cls = pipeline_class(model)
+    accepted = inspect.signature(cls.__init__).parameters
+    left_out = {name: None for name in NOT_MEASURED if name in accepted}
+    arguments = {k: v for k, v in model.pipeline_arguments.items() if k in accepted}
+    if "requires_safety_checker" in accepted:
+        arguments["requires_safety_checker"] = False
+    local = Path(model.hub_id).is_dir()
+    pipe = cls.from_pretrained(
+        model.hub_id, dtype=dtype, use_safetensors=True, local_files_only=local, **left_out, **arguments
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if device == "cpu" else pipe.to(device)
+
+
+def call_arguments(pipe: Any, case: Case, generator: torch.Generator | None) -> dict[str, Any]:
+    """The keyword arguments of one call of the pipeline, from prompts to pixels, that its signature takes."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    arguments = {
+        "prompt": [PROMPT] * case.batch_size,
+        "negative_prompt": [NEGATIVE_PROMPT] * case.batch_size if case.guidance_scale > 1 else None,
+        "height": case.height,
+        "width": case.width,
+        "num_frames": case.frames,
+        "num_inference_steps": case.steps,
+        "guidance_scale": case.guidance_scale,
+        "generator": generator,
+        "max_sequence_length": case.sequence_length,
+        "output_type": "pt",
+    }
+    return {name: value for name, value in arguments.items() if name in accepted and value is not None}
+
+
+def denoiser_calls(pipe: Any, steps: int) -> int:
+    """How often the denoiser runs for `steps` steps: PNDM runs it once more, Heun almost twice as often.
+
+    Asks a copy of the pipeline's scheduler, so that the pipeline's own is left as it is.
+    """
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
+def weights_bytes(components: Mapping[str, torch.nn.Module]) -> int:
+    """Bytes of all parameters and buffers, each storage counted once."""
+    tensors = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for module in components.values()
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return sum(tensors.values())
+
+
+def networks(pipe: Any) -> Components:
+    """The networks of a pipeline by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}

@@ -1,0 +1,331 @@
+"""The hooks and options of pytest. Nothing heavy is imported before a test asks for `vram_case`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_vram.records.schema import Record
+    from pytest_vram.session import Options, Plan, SweepSession
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vram", "what diffusion models cost on a GPU (pytest-vram)")
+    add = group.addoption
+    add(
+        "--vram-device",
+        dest="vram_device",  # a conftest may give it a shorter name
+        choices=("meta", "cpu", "cuda"),
+        default="meta",
+        help="meta estimates with no GPU (default); cuda measures; cpu really runs small models",
+    )
+    add("--vram-matrix", metavar="FILE", help="the sweeps; default: matrix.toml beside the test")
+    add("--vram-sweep", metavar="NAME", default="default", help="the sweep of the matrix; default: default")
+    add("--vram-models", metavar="A,B", help="these models, in place of the sweep's")
+    add("--vram-optimizations", metavar="A,B+C", help="these sets of optimizations, such as fp16,fp16+vae_tiling")
+    add("--vram-resolutions", metavar="N,WxH", help="these resolutions: 512, 1024x768 (width x height), native")
+    add("--vram-batch-sizes", metavar="N,M", help="these batch sizes")
+    add("--vram-steps", metavar="N", help="denoising steps of every case")
+    add("--vram-rounds", metavar="N", help="rounds of every case; default: 5 to 30, from a pilot call")
+    add("--vram-workers", metavar="N", default="1", help="fresh workers a case is timed in; default: 1")
+    add(
+        "--vram-weights",
+        choices=("random", "pretrained"),
+        default="random",
+        help="random (default: no download, the same memory and time) or pretrained (hub id or folder)",
+    )
+    add("--vram-limit", metavar="SIZE", help="the memory each case may have, context included, such as 8GiB")
+    add("--vram-timeout", metavar="SECONDS", default="600", help="for one case; default: 600")
+    add("--vram-results", metavar="DIR", default="results", help="where run files go; default: results")
+    add("--vram-resume", action="store_true", help="go on with the newest unfinished run")
+    add("--vram-save-images", metavar="DIR", help="write the images of each case's last round")
+    add("--vram-allow-shared", action="store_true", help="measure although other processes use the GPU")
+    add("--vram-name-host", action="store_true", help="write host name and GPU uuid as they are, not hashed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Manager(config), "pytest_vram.manager")
+
+
+def _options(config: pytest.Config) -> Options:
+    """The command line as one object; raises UsageError of this package."""
+    from pytest_vram.cases.case import parse_bytes
+    from pytest_vram.cases.sweep import Overrides
+    from pytest_vram.measure.measurement import Settings
+    from pytest_vram.session import Options
+
+    def text(name: str) -> str | None:
+        value: str | None = config.getoption(f"--vram-{name}")
+        return value
+
+    def names(name: str) -> tuple[str, ...] | None:
+        value = text(name)
+        return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+
+    batch_sizes = names("batch-sizes")
+    limit = text("limit")
+    matrix = text("matrix")
+    images = text("save-images")
+    return Options(
+        device=config.getoption("--vram-device"),
+        matrix=Path(matrix) if matrix else None,
+        sweep=str(text("sweep")),
+        overrides=Overrides(
+            models=names("models"),
+            optimizations=names("optimizations"),
+            resolutions=names("resolutions"),
+            batch_sizes=batch_sizes and tuple(_whole(n, "--vram-batch-sizes") for n in batch_sizes),
+            steps=_whole(text("steps"), "--vram-steps"),
+        ),
+        weights=config.getoption("--vram-weights"),
+        limit_bytes=parse_bytes(limit, "--vram-limit") if limit else None,
+        settings=Settings(
+            rounds=_whole(text("rounds"), "--vram-rounds"),
+            workers=_whole(text("workers"), "--vram-workers") or 1,
+            timeout_s=_whole(text("timeout"), "--vram-timeout") or 600,
+            save_images=str(Path(images).absolute()) if images else None,
+        ),
+        results=Path(str(text("results"))),
+        resume=config.getoption("--vram-resume"),
+        allow_shared=config.getoption("--vram-allow-shared"),
+        name_host=config.getoption("--vram-name-host"),
+    )
+
+
+def _whole(text: str | None, option: str) -> Any:
+    from pytest_vram.errors import UsageError
+
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{option}: {text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+class VramCase:
+    """What the fixture `vram_case` gives a test."""
+
+    def __init__(self, plan: Plan, manager: Manager, request: pytest.FixtureRequest) -> None:
+        self.case, self._plan, self._manager, self._request = plan.case, plan, manager, request
+
+    def run(self) -> Record:
+        """Measure or estimate the case, as the options say, and give its record.
+
+        An out-of-memory is a result. An error or a timeout fails the test; an impossible case skips it.
+        """
+        record = self._manager.run(self._plan)
+        self._request.node.stash[RECORD] = record
+        if record.status in ("error", "timeout"):
+            failure = record.failure
+            assert failure is not None
+            tail = f"\n{failure.output_tail}" if failure.output_tail else ""
+            pytest.fail(f"{record.id}: {record.status}: {failure.message}{tail}", pytrace=False)
+        if record.status == "skipped":
+            pytest.skip(record.reason or "")
+        if record.time.workers and self._request.config.pluginmanager.hasplugin("benchmark"):
+            replay_rounds(record, self._request)
+        return record
+
+
+RECORD = pytest.StashKey[Any]()
+_replayed: Iterator[float] | None = None
+
+
+def device_time() -> float:
+    """pytest-benchmark's timer while rounds that were timed on the device are replayed."""
+    import time
+
+    return time.perf_counter() if _replayed is None else next(_replayed)
+
+
+def replay_rounds(record: Record, request: pytest.FixtureRequest) -> None:
+    """Give pytest-benchmark the rounds that the worker timed, for its table and histogram."""
+    global _replayed
+    rounds = [seconds for worker in record.time.workers for seconds in worker.rounds_s]
+    benchmark = request.getfixturevalue("benchmark")
+    now = 0.0
+    times = []
+    for seconds in rounds:
+        times += [now, now + seconds]
+        now += seconds
+    _replayed = iter(times)
+    try:
+        benchmark.pedantic(lambda: None, rounds=len(rounds), iterations=1)
+    finally:
+        _replayed = None
+
+
+@pytest.fixture
+def vram_case(request: pytest.FixtureRequest) -> VramCase:
+    """One case of the sweep; `vram_case.run()` measures it, or estimates it where there is no GPU."""
+    manager: Manager = request.config.pluginmanager.getplugin("pytest_vram.manager")
+    return VramCase(request.param, manager, request)
+
+
+class Manager:
+    """Owns the sweep of one pytest session and what pytest needs to know of it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.session: SweepSession | None = None
+        self.usage_error: str | None = None
+        self.under_xdist = hasattr(config, "workerinput")
+        self.interrupted = False
+
+    @property
+    def terminal(self) -> Any:
+        return self.config.pluginmanager.getplugin("terminalreporter")
+
+    def say(self, text: str) -> None:
+        """A passing line, on a terminal only."""
+        reporter = self.terminal
+        if reporter is None or not reporter.isatty or self.config.get_verbosity() < 0:
+            return
+        if text and self.session and self.session.planned:
+            number = min(len(self.session.finished) + 1, len(self.session.planned))
+            text = f"{number}/{len(self.session.planned)} {text}"
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
+
+    def sweep(self) -> SweepSession:
+        """The session; made when the first test asks for a case."""
+        if self.session is None:
+            from pytest_vram.session import SweepSession
+
+            self.session = SweepSession(_options(self.config), self.config.rootpath, self.say)
+        return self.session
+
+    def run(self, plan: Plan) -> Record:
+        assert self.session is not None
+        return self.session.run(plan)
+
+    # Collection
+
+    @pytest.hookimpl
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "vram_case" not in metafunc.fixturenames:
+            return
+        from pytest_vram.errors import UsageError
+
+        plans: list[Plan] = []
+        try:
+            plans = self.sweep().plans(Path(str(metafunc.definition.path)).parent)
+        except UsageError as error:
+            self.usage_error = self.usage_error or str(error)
+        mark = pytest.mark.benchmark(timer=device_time)
+        benchmarked = self.config.pluginmanager.hasplugin("benchmark")
+        metafunc.parametrize(
+            "vram_case",
+            [pytest.param(plan, id=plan.case.id, marks=[mark] if benchmarked else []) for plan in plans],
+            indirect=True,
+        )
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        if plan := _plan(item):
+            item.extra_keyword_matches.update(plan.model.aliases)  # -k takes an alias too
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if self.usage_error:
+            raise pytest.UsageError(self.usage_error)
+        plans = [plan for item in session.items if (plan := _plan(item))]
+        if not plans or self.config.option.collectonly or self.session is None:
+            return
+        from pytest_vram.errors import UsageError
+
+        try:
+            if self.under_xdist and (self.session.options.device != "meta" or self.session.options.resume):
+                raise UsageError("-n: cases are measured and resumed one at a time; leave -n out, or only estimate")
+            self.session.start(plans, keep_journal=not self.under_xdist)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    # Running
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.when == "call" and (record := item.stash.get(RECORD, None)) is not None:
+            report.vram = record.model_dump(mode="json")
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        document = getattr(report, "vram", None)
+        if document is None or self.under_xdist:
+            return
+        from pytest_vram.records.schema import Record
+
+        self.sweep().keep(Record.model_validate(document))
+        self.say("")
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
+        document = getattr(report, "vram", None)
+        if document is not None and report.when == "call" and document["status"] == "oom":
+            return "oom", "O", ("OOM", {"yellow": True})
+        return None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self) -> None:
+        session, reporter = self.session, self.terminal
+        if session is None or not session.finished or reporter is None or self.under_xdist:
+            return
+        if self.config.get_verbosity() < 0 or not session.planned:
+            return
+        from time import monotonic
+
+        from pytest_vram.measure.estimates import ASSUMED_CONTEXT_BYTES
+        from pytest_vram.report.summary import duration, line
+
+        count = f"{len(session.finished)}/{len(session.planned)}"
+        elapsed = duration(monotonic() - session.began)
+        text = f" {count} {line(session.finished[-1], ASSUMED_CONTEXT_BYTES)}"
+        reporter.write(f"{text} ({elapsed} elapsed, about {duration(session.rest_s())} left)\n")
+
+    # The end
+
+    def pytest_keyboard_interrupt(self) -> None:
+        self.interrupted = True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        if self.session is None:
+            return
+        try:
+            self.session.finish(self.interrupted)
+        except KeyboardInterrupt:
+            self.session.close()
+            raise
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        session = self.session
+        if session is None or session.run_path is None:
+            return
+        from time import monotonic
+
+        from pytest_vram.measure.estimates import ASSUMED_CONTEXT_BYTES
+        from pytest_vram.report.summary import LEGEND, summary, where_time_went
+
+        terminalreporter.section("VRAM")
+        run = session.journal.run if session.journal else None
+        table = summary(session.records, run.aliases if run else {}, ASSUMED_CONTEXT_BYTES)
+        terminalreporter.write_line(table)
+        terminalreporter.write_line(LEGEND)
+        if session.options.device != "meta":
+            spent = monotonic() - session.began
+            terminalreporter.write_line(where_time_went(session.finished, spent))
+        terminalreporter.write_line(f"run file: {session.run_path}")
+
+    def pytest_unconfigure(self) -> None:
+        if self.session is not None:
+            self.session.close()
+
+
+def _plan(item: pytest.Item) -> Plan | None:
+    callspec = getattr(item, "callspec", None)
+    plan: Plan | None = callspec.params.get("vram_case") if callspec is not None else None
+    return plan

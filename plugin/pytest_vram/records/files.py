@@ -1,0 +1,209 @@
+"""Run files and their journals: names, writing without loss, reading without trust."""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pytest_vram.errors import RunFileError, UsageError, first_problem
+from pytest_vram.records.schema import Record, Run, above_the_card
+
+MAX_FILE_BYTES = 256 << 20
+TIME_FORMAT = "%Y%m%dT%H%M%SZ"
+
+
+def slug(text: str) -> str:
+    """`text` in lower-case letters, digits and hyphens, for a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
+
+
+def new_path(folder: Path, environment: dict[str, Any]) -> Path:
+    """Where the next run file of this environment goes: `folder/<UTC time>_<commit>[-dirty]_<4 hex>.json`."""
+    commit = re.sub(r"[^0-9a-f]", "", str(environment.get("commit") or ""))[:12] or "nogit"
+    dirty = "-dirty" if environment.get("dirty") else ""
+    now = datetime.now(UTC).strftime(TIME_FORMAT)
+    return folder / f"{now}_{commit}{dirty}_{secrets.token_hex(2)}.json"
+
+
+class Journal:
+    """The records of a run as they come: one JSON line each, on the disk before the next case starts.
+
+    The first line is the run without its records. A later line for the same id replaces the earlier one. The run file
+    replaces the journal when the sweep ends.
+    """
+
+    def __init__(self, path: Path, run: Run) -> None:
+        """`path` is the run file's; raises UsageError where its folder cannot be written."""
+        self.run_path = path
+        self.path = path.with_suffix(".jsonl")
+        self.run = run
+        self.records: dict[str, Record] = {}
+        part = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = part.open("w", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--vram-results: {path.parent} cannot be written: {error.strerror}") from error
+        header = run.model_copy(update={"records": [], "complete": False})
+        self._append(header.model_dump(mode="json", by_alias=True))
+        for record in run.records:
+            self.add(record)
+        part.replace(self.path)  # a journal that is gone on with is never shorter than it was
+
+    def add(self, record: Record) -> None:
+        """Append one record and wait until it is on the disk."""
+        self.records[record.id] = record
+        self._append(record.model_dump(mode="json"))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self, complete: bool) -> Path:
+        """Write the run file, then remove the journal; the file is whole or not there."""
+        run = self.run.model_copy(update={"records": list(self.records.values()), "complete": complete})
+        write_run(self.run_path, run)
+        self._file.close()
+        self.path.unlink()
+        return self.run_path
+
+    def discard(self) -> None:
+        """Leave nothing behind: no case was run."""
+        self._file.close()
+        self.path.unlink()
+
+
+def write_run(path: Path, run: Run) -> None:
+    """Write `run` as a pytest-benchmark file with the key `vram`.
+
+    Raises:
+        RunFileError: when a record holds figures that cannot be true.
+    """
+    document = {**_benchmark_document(run), "vram": run.model_dump(mode="json", by_alias=True)}
+    checked(document, path)
+    part = path.with_suffix(".json.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_run(path: Path) -> Run:
+    """The run of a run file.
+
+    Raises:
+        RunFileError: naming the file and the key, for anything that is not what the schema says.
+    """
+    return checked(_json(_text(path), path), path)
+
+
+def read_journal(path: Path) -> Run:
+    """The run of a journal, as far as it came; a last line that was cut off is left out.
+
+    Raises:
+        RunFileError: naming the file and the line.
+    """
+    lines = _text(path).split("\n")
+    whole = lines[:-1]  # what follows the last newline was not written to its end
+    if not whole:
+        raise RunFileError(f"{path}: is empty")
+    document = _json(whole[0], path)
+    records: dict[str, Any] = {}
+    for line in whole[1:]:
+        record = _json(line, path)
+        records[str(record.get("id"))] = record
+    return checked({"vram": {**document, "records": list(records.values())}}, path)
+
+
+def checked(document: Any, source: Path) -> Run:
+    """The run in a document read from `source`, or RunFileError."""
+    if not isinstance(document, dict) or not isinstance(document.get("vram"), dict):
+        raise RunFileError(f"{source}: has no key 'vram'; it is no run file of pytest-vram")
+    try:
+        run = Run.model_validate(document["vram"])
+    except ValidationError as error:
+        raise RunFileError(first_problem(error, source)) from error
+    card = run.environment.get("gpu_memory_bytes")
+    for record in run.records:
+        if isinstance(card, int) and record.method == "measured" and (problem := above_the_card(record, card)):
+            raise RunFileError(f"{source}: {record.id}: {problem}")
+    return run
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RunFileError(f"{path}: is larger than {MAX_FILE_BYTES >> 20} MiB; no run file is")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunFileError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RunFileError(f"{path}: is not UTF-8 text") from error
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunFileError(f"{path}: is not JSON: {error}") from error
+
+
+def unfinished(folder: Path) -> Iterable[Path]:
+    """Journals and incomplete run files of a folder, the newest first."""
+    journals = {path for path in folder.glob("*.jsonl")}
+    files = {path for path in folder.glob("*.json") if path.with_suffix(".jsonl") not in journals}
+    for path in sorted(journals | files, key=lambda path: path.name, reverse=True):
+        try:
+            run = read_journal(path) if path.suffix == ".jsonl" else read_run(path)
+        except RunFileError:
+            continue  # not ours to judge here: whoever names the file gets the message
+        if not run.complete:
+            yield path
+
+
+def _benchmark_document(run: Run) -> dict[str, Any]:
+    """The keys of pytest-benchmark's own file, so that `pytest-benchmark compare` reads ours."""
+    import pytest_benchmark
+    from pytest_benchmark.stats import Stats
+
+    environment = run.environment
+    benchmarks = []
+    for record in run.records:
+        if not record.time.workers:
+            continue
+        stats = Stats()
+        for seconds in (s for worker in record.time.workers for s in worker.rounds_s):
+            stats.update(seconds)
+        benchmarks.append(
+            {
+                "group": record.case.model,
+                "name": record.id,
+                "fullname": record.id,
+                "params": None,
+                "param": record.id,
+                "extra_info": {"status": record.status},
+                "options": {"timer": "device_time", "rounds": len(stats.data)},
+                "stats": {**stats.as_dict(), "data": stats.data, "iterations": 1},
+            }
+        )
+    return {
+        "machine_info": {
+            "node": environment.get("host"),
+            "gpu": environment.get("gpu"),
+            "python_version": environment.get("python"),
+            "cpu": {"brand_raw": environment.get("cpu")},
+        },
+        "commit_info": {"id": environment.get("commit"), "dirty": environment.get("dirty")},
+        "benchmarks": benchmarks,
+        "datetime": environment.get("started") or datetime.now(UTC).isoformat(),
+        "version": pytest_benchmark.__version__,
+    }

@@ -1,0 +1,192 @@
+"""The schema of a record and of a run, checked when written and when read.
+
+Bytes are bytes, times seconds; what could not be read is null, with its reason in `unavailable`, and never 0.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pytest_vram.cases.case import Case
+
+SCHEMA = 1
+NVML_SLACK_BYTES = 64 << 20  # NVML was seen to count a process up to this much below the pool it holds
+
+Status = Literal["ok", "oom", "error", "timeout", "skipped"]
+Phase = Literal["load", "encode", "denoise", "decode"]
+Bytes = Annotated[int, Field(gt=0, lt=1 << 50)]
+Seconds = Annotated[float, Field(gt=0, lt=1e7, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=20_000)]
+
+
+class _Part(BaseModel):
+    """Unknown keys are ignored: a newer writer may know more."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class Memory(_Part):
+    """Bytes. `*_peak` is the most ever held; need and required are defined in docs/architecture.md."""
+
+    weights_bytes: Bytes | None = None
+    allocated_peak_bytes: Bytes | None = None
+    reserved_peak_bytes: Bytes | None = None
+    nvml_process_peak_bytes: Bytes | None = None
+    nvml_device_peak_bytes: Bytes | None = None
+    need_bytes: Bytes | None = None
+    need_tolerance_bytes: Bytes | None = None
+    context_bytes: Bytes | None = None
+    required_bytes: Bytes | None = None
+    estimated_need_bytes: Bytes | None = None
+    estimated_allocated_peak_bytes: Bytes | None = None
+    host_peak_bytes: Bytes | None = None
+    alloc_retries: int | None = Field(default=None, ge=0)
+
+
+class PhaseCost(_Part):
+    """One phase: its time in seconds (median of the rounds; load and an estimate's phases differ) and allocated peak."""
+
+    time_s: float | None = Field(default=None, ge=0, lt=1e7)
+    allocated_peak_bytes: Bytes | None = None
+
+
+class WorkerTime(_Part):
+    """The rounds of one fresh worker, in seconds."""
+
+    rounds_s: list[Seconds] = Field(min_length=1)
+    median_s: Seconds
+
+
+class Time(_Part):
+    """Seconds of one call, prompt to pixels. `step_s` is one call of the denoiser; `full_length_s` is calculated:
+    encode + the denoiser's calls at the model's native number of steps × step + decode."""
+
+    cold_s: Seconds | None = None
+    median_s: Seconds | None = None
+    step_s: Seconds | None = None
+    images_per_s: float | None = Field(default=None, gt=0)
+    at_need_s: Seconds | None = None
+    full_length_s: Seconds | None = None
+    full_length_steps: int | None = Field(default=None, gt=0)
+    workers: list[WorkerTime] = []
+    rounds_discarded: int = Field(default=0, ge=0)
+
+
+class RoundTelemetry(_Part):
+    """The GPU's state during one round; None where it could not be read."""
+
+    sm_clock_mhz: int | None = Field(default=None, ge=0)
+    temperature_c: int | None = None
+    power_w: float | None = Field(default=None, ge=0)
+    throttle: list[str] = []
+
+
+class Telemetry(_Part):
+    """The GPU's state, round by round."""
+
+    rounds: list[RoundTelemetry] = []
+
+
+class Failure(_Part):
+    """Where a case ended, and why."""
+
+    phase: Phase | None = None
+    requested_bytes: Bytes | None = None
+    limit_bytes: Bytes | None = None
+    message: Text
+    output_tail: Text = ""
+
+
+class Wall(_Part):
+    """Where the wall time of a case went, in seconds; `other` is what is not load, warm-up or rounds."""
+
+    total_s: float = Field(ge=0)
+    load_s: float = Field(default=0, ge=0)
+    warmup_s: float = Field(default=0, ge=0)
+    rounds_s: float = Field(default=0, ge=0)
+
+    @property
+    def other_s(self) -> float:
+        return max(0.0, self.total_s - self.load_s - self.warmup_s - self.rounds_s)
+
+
+class Record(_Part):
+    """Everything found about one case."""
+
+    id: str = Field(min_length=1, max_length=500)
+    case: Case
+    status: Status
+    reason: Text | None = None
+    method: Literal["measured", "estimated"]
+    memory: Memory = Memory()
+    phases: dict[Phase, PhaseCost] = {}
+    time: Time = Time()
+    energy_j_per_image: float | None = Field(default=None, gt=0)
+    telemetry: Telemetry = Telemetry()
+    effects: dict[str, Literal["applied", "no_effect"]] = {}
+    disturbed: Text | None = None
+    unavailable: dict[str, Text] = {}
+    failure: Failure | None = None
+    wall: Wall | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Record":
+        if problem := impossible_figures(self):
+            raise ValueError(problem)
+        return self
+
+
+class Run(_Part):
+    """The records of one sweep with one environment: the key `vram` of a run file."""
+
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    environment: dict[str, Any]
+    sweep: str
+    complete: bool = True
+    aliases: dict[str, list[str]] = {}
+    options: dict[str, Any] = {}
+    records: list[Record] = []
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+
+def impossible_figures(record: Record) -> str | None:
+    """What in this record cannot be true, or None.
+
+    A null is not a figure. Estimates model no NVML, and offloaded weights are not on the GPU.
+    """
+    memory = record.memory
+    offloaded = any("offload" in name for name in record.case.optimizations)
+    tolerance = memory.need_tolerance_bytes or 0
+    needs_reserved = memory.reserved_peak_bytes
+    order = [
+        ("weights_bytes", None if offloaded else memory.weights_bytes, "allocated_peak_bytes", 0),
+        ("allocated_peak_bytes", memory.allocated_peak_bytes, "reserved_peak_bytes", 0),
+        ("reserved_peak_bytes", memory.reserved_peak_bytes, "nvml_process_peak_bytes", NVML_SLACK_BYTES),
+    ]
+    if record.status in ("ok", "oom"):
+        for name, low, above, slack in order:
+            high = getattr(memory, above)
+            if record.status == "oom" and name == "weights_bytes":
+                continue  # the weights may be what did not fit
+            if low is not None and high is not None and low > high + slack:
+                return f"{name} {low} is above {above} {high}"
+        if record.method == "measured" and memory.need_bytes is not None and needs_reserved is not None:
+            if memory.need_bytes > needs_reserved + tolerance:
+                return f"need_bytes {memory.need_bytes} is above reserved_peak_bytes {needs_reserved} and its tolerance"
+    if record.status == "ok" and record.method == "measured" and not record.time.workers:
+        return "status ok with no rounds"
+    if record.status in ("error", "timeout", "oom") and record.method == "measured" and record.failure is None:
+        return f"status {record.status} with no failure"
+    if record.status == "skipped" and not record.reason:
+        return "status skipped with no reason"
+    return None
+
+
+def above_the_card(record: Record, card_bytes: int) -> str | None:
+    """The first figure of this record that the GPU could not hold, or None."""
+    for name, value in record.memory.model_dump().items():
+        if name.endswith("bytes") and not name.startswith(("host", "weights", "estimated")) and value is not None:
+            if value > card_bytes:
+                return f"{name} {value} is more than the GPU has ({card_bytes})"
+    return None

@@ -1,0 +1,1 @@
+"""What it means: what people read."""

@@ -1,0 +1,116 @@
+"""The terminal's summary of a run: a row a case, at most 100 columns."""
+
+from collections.abc import Iterable, Mapping
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pytest_vram.records.schema import Record
+
+WIDTH = 100
+LEGEND = """\
+GiB. required: the free memory a card must have; ~ is estimated: the simulated need and a context of 768 MiB.
+alloc.: peak of tensors. reserv.: peak of PyTorch's pool. NVML: peak of the process, as nvidia-smi shows it.
+img/s: images a second. s/step: one call of the denoiser."""
+
+
+def gib(value: int | None) -> str:
+    """Bytes as GiB with two digits; an en dash for what is not known."""
+    return "–" if value is None else f"{value / 2**30:.2f}"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds with three digits that matter."""
+    return "–" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def duration(value: float) -> str:
+    """Minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def display_name(model: str, aliases: Mapping[str, Iterable[str]]) -> str:
+    """A model's name with its aliases behind it."""
+    others = ", ".join(aliases.get(model, ()))
+    return f"{model} ({others})" if others else model
+
+
+def required(record: Record, assumed_context: int) -> str:
+    """The required memory, or its estimate marked as one."""
+    memory = record.memory
+    if record.method == "measured" and memory.required_bytes is not None:
+        return gib(memory.required_bytes)
+    if memory.estimated_need_bytes is not None:
+        return f"~{gib(memory.estimated_need_bytes + assumed_context)}"
+    return "–"
+
+
+def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], assumed_context: int) -> str:
+    """The table, without colours; `~` marks an estimate."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
+    table.add_column("case", overflow="fold", ratio=1)
+    table.add_column("status", no_wrap=True)
+    for heading in ("required", "alloc.", "reserv.", "NVML", "median s", "s/step", "img/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    by_model: dict[str, list[Record]] = {}
+    for record in records:
+        by_model.setdefault(record.case.model, []).append(record)
+    for model, group in by_model.items():
+        table.add_row(display_name(model, aliases))
+        for record in group:
+            table.add_row(*_row(record, assumed_context))
+    console = Console(file=StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in str(text).splitlines())
+
+
+def _row(record: Record, assumed_context: int) -> list[str]:
+    memory, time = record.memory, record.time
+    label = record.id.split("/", 1)[-1].replace("/", " ")
+    no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
+    if no_effect:
+        label += f" [{', '.join(no_effect)}: no effect]"
+    return [
+        "  " + label.replace("[", r"\["),
+        record.status if record.method == "measured" or record.status != "ok" else "estim.",
+        required(record, assumed_context),
+        gib(memory.allocated_peak_bytes),
+        gib(memory.reserved_peak_bytes),
+        gib(memory.nvml_process_peak_bytes),
+        seconds(time.median_s),
+        "–" if time.step_s is None else f"{time.step_s:.4f}",
+        "–" if time.images_per_s is None else f"{time.images_per_s:.2f}",
+    ]
+
+
+def line(record: Record, assumed_context: int) -> str:
+    """One case in one line, for the progress."""
+    said = {
+        "ok": "estimated" if record.method == "estimated" else "ok",
+        "oom": "out of memory",
+        "skipped": f"skipped: {record.reason}",
+    }.get(record.status, record.status)
+    parts = [f"{record.id}: {said}"]
+    if record.status == "ok":
+        parts.append(f"{required(record, assumed_context)} GiB required")
+        if record.memory.reserved_peak_bytes:
+            parts.append(f"{gib(record.memory.reserved_peak_bytes)} reserved")
+        if record.time.median_s is not None:
+            parts.append(f"{seconds(record.time.median_s)} s")
+    return ", ".join(parts)
+
+
+def where_time_went(records: Iterable[Record], wall_s: float) -> str:
+    """How much of the wall time was measurement."""
+    walls = [record.wall for record in records if record.wall and record.method == "measured"]
+    load, warmup, rounds = (sum(getattr(w, f"{part}_s") for w in walls) for part in ("load", "warmup", "rounds"))
+    share = (load + warmup + rounds) / wall_s if wall_s else 0.0
+    return (
+        f"{wall_s:.0f} s of wall time, {share:.0%} of it measurement: "
+        f"load {load:.0f} s, warm-up {warmup:.0f} s, rounds {rounds:.0f} s"
+    )

@@ -1,0 +1,299 @@
+"""One sweep, from the options to the run file: the object that pytest's hooks talk to."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pytest_vram.cases.case import Case, Weights
+from pytest_vram.cases.models import Model, is_folder, model_from_folder, names_with_aliases, read_models
+from pytest_vram.cases.sweep import Overrides, expand, read_sweep
+from pytest_vram.errors import UsageError
+from pytest_vram.measure import environment
+from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
+from pytest_vram.measure.machine import Device, Machine, start_machine
+from pytest_vram.measure.measurement import Settings, Watcher, measure
+from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
+from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
+from pytest_vram.records.schema import Record, Run
+
+PACKAGED_MATRIX = Path(__file__).parent / "cases" / "matrix.toml"
+SAME_TO_RESUME = ("gpu", "driver", "torch", "cuda", "diffusers", "transformers", "accelerate", "commit", "dirty")
+DONE = ("ok", "oom", "skipped")  # a resumed sweep tries everything else again
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, parsed once."""
+
+    device: Device = "meta"
+    matrix: Path | None = None
+    sweep: str = "default"
+    overrides: Overrides = field(default_factory=Overrides)
+    weights: Weights = "random"
+    limit_bytes: int | None = None
+    settings: Settings = field(default_factory=Settings)
+    results: Path = Path("results")
+    resume: bool = False
+    allow_shared: bool = False
+    name_host: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One case and the model it names."""
+
+    case: Case
+    model: Model
+
+
+class SweepSession(Watcher):
+    """Plans the cases, measures or estimates each when its turn comes, and keeps what was found.
+
+    `say` shows a passing line of progress; `root` is the folder whose commit the run names.
+    """
+
+    def __init__(self, options: Options, root: Path, say: Callable[[str], None]) -> None:
+        self.options, self.root, self.say = options, root, say
+        self.machine: Machine | None = None
+        self.journal: Journal | None = None
+        self.estimates: Estimates | None = None
+        self.planned: list[Plan] = []
+        self.finished: list[Record] = []
+        self.began = self.case_began = time.monotonic()
+        self.import_s = 0.0
+        self.run_path: Path | None = None
+        self._plans: dict[Path, list[Plan]] = {}
+        self._wanting_estimate: set[Case] = set()
+
+    # Collection
+
+    def plans(self, test_folder: Path) -> list[Plan]:
+        """The cases for a test in this folder; raises UsageError."""
+        beside = test_folder / "matrix.toml"
+        matrix = self.options.matrix or (beside if beside.is_file() else PACKAGED_MATRIX)
+        if matrix not in self._plans:
+            self._plans[matrix] = self._read(matrix)
+        return self._plans[matrix]
+
+    def _read(self, matrix: Path) -> list[Plan]:
+        options = self.options
+        models = read_models(matrix.parent / "models")
+        overrides = options.overrides
+        if overrides.models is not None:
+            folders = [name for name in overrides.models if is_folder(name)]
+            overrides = self._with_folders(overrides, folders, models)
+        sweep = read_sweep(matrix, options.sweep)
+        cases = expand(
+            sweep,
+            f"{matrix}: sweeps.{options.sweep}",
+            models,
+            parse_optimizations,
+            overrides,
+            weights=options.weights,
+            limit_bytes=options.limit_bytes,
+        )
+        plans = [Plan(case, models[case.model]) for case in cases]
+        if options.weights == "pretrained":
+            for model in {plan.model.name: plan.model for plan in plans}.values():
+                if is_folder(model.hub_id) and Path(model.hub_id).exists():
+                    model_from_folder(Path(model.hub_id))  # says what is missing before anything runs
+        return plans
+
+    def _with_folders(self, overrides: Overrides, folders: Sequence[str], models: dict[str, Model]) -> Overrides:
+        """The folders of saved pipelines among the models, made known under their own names."""
+        names = {}
+        for folder in folders:
+            if self.options.weights != "pretrained":
+                raise UsageError(f"--vram-models: {folder} is a folder of weights; give --vram-weights pretrained too")
+            model = model_from_folder(Path(folder))
+            if model.name in models:
+                raise UsageError(f"--vram-models: {folder}: a model is called {model.name!r} already; rename the folder")
+            models[model.name] = model
+            names[folder] = model.name
+        return Overrides(
+            models=tuple(names.get(name, name) for name in overrides.models or ()),
+            optimizations=overrides.optimizations,
+            resolutions=overrides.resolutions,
+            batch_sizes=overrides.batch_sizes,
+            steps=overrides.steps,
+        )
+
+    # The sweep
+
+    def start(self, plans: Sequence[Plan], *, keep_journal: bool) -> None:
+        """Start the machine, the journal and the estimates; raises UsageError before the first case.
+
+        `keep_journal` is off in xdist workers: their controller keeps it.
+        """
+        options = self.options
+        self.planned = list({plan.case: plan for plan in plans}.values())
+        if options.limit_bytes is not None and options.device == "cpu":
+            raise UsageError("--vram-limit: there is no GPU memory to limit with --vram-device cpu")
+        if keep_journal and options.device != "cuda":
+            self.open_journal({})  # a folder that cannot be written is known before the imports
+        models = {plan.model.name: plan.model for plan in self.planned}
+        try:
+            self.machine = start_machine(
+                options.device,
+                models.values(),
+                allow_shared=options.allow_shared,
+                name_host=options.name_host,
+                say=self.say,
+            )
+            if keep_journal and options.device == "cuda":
+                self.open_journal(self.machine.facts)
+        except BaseException:
+            self.abandon()
+            raise
+        self.import_s = self.machine.starter.import_s
+        known = self.journal.records if self.journal else {}
+        wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
+        if options.device != "cpu":
+            measuring = options.device == "cuda"
+            self.estimates = Estimates(wanted, models, self.machine.starter, measuring=measuring)
+        self.began = time.monotonic()
+
+    def open_journal(self, facts: dict[str, Any]) -> Journal:
+        """The journal of this run: a new one, or the one that is resumed."""
+        if self.journal is not None:
+            return self.journal
+        options = self.options
+        start = self.machine.starter.name if self.machine else "fork"
+        described = {**environment.describe(self.root, start=start, name_host=options.name_host), **facts}
+        folder = options.results / {"meta": "estimated", "cpu": "cpu"}.get(options.device, slug(facts.get("gpu", "")))
+        run = Run(environment=described, sweep=options.sweep, options={"device": options.device})
+        path = None
+        if options.resume:
+            path, records = self._resumable(folder, run)
+            run = run.model_copy(update={"records": records})
+        run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
+        self.journal = Journal(path or new_path(folder, described), run)
+        return self.journal
+
+    def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
+        """The newest unfinished run of this folder, and its records that need not be made again."""
+        found = next(iter(unfinished(folder)), None)
+        if found is None:
+            raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
+        old = read_journal(found) if found.suffix == ".jsonl" else read_run(found)
+        for key in SAME_TO_RESUME:
+            if old.environment.get(key) != run.environment.get(key):
+                raise UsageError(
+                    f"--vram-resume: {found} was made with {key} {old.environment.get(key)}, "
+                    f"this is {run.environment.get(key)}; leave --vram-resume out to start a new run"
+                )
+        if old.sweep != run.sweep:
+            raise UsageError(f"--vram-resume: {found} is of the sweep {old.sweep!r}; give --vram-sweep {old.sweep}")
+        return found.with_suffix(".json"), [record for record in old.records if record.status in DONE]
+
+    @staticmethod
+    def _known(records: dict[str, Record], case: Case) -> Record | None:
+        record = records.get(case.id)
+        return record if record is not None and record.case == case and record.status in DONE else None
+
+    def run(self, plan: Plan) -> Record:
+        """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
+        assert self.machine is not None
+        self.case_began = time.monotonic()
+        if self.journal and (known := self._known(self.journal.records, plan.case)):
+            return known
+        if self.options.device == "meta":
+            return self._estimate(plan)
+        try:
+            record = measure(plan.case, plan.model, self.machine, self.options.settings, self)
+        except KeyboardInterrupt as interrupt:
+            if self.journal and interrupt.args:
+                self.journal.add(interrupt.args[0])
+            raise
+        if self.estimates:
+            if record.status == "skipped":
+                self.estimates.drop(plan.case)
+            else:
+                self._wanting_estimate.add(plan.case)
+        return record
+
+    def _estimate(self, plan: Plan) -> Record:
+        assert self.estimates is not None
+        if reason := impossible(plan.case.optimizations, "meta"):
+            return Record(id=plan.case.id, case=plan.case, method="estimated", status="skipped", reason=reason)
+        self.say(f"estimating {plan.case.id}")
+        outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s)
+        return estimated_record(plan.case, outcome, seconds)
+
+    def keep(self, record: Record) -> None:
+        """A case has ended: its record is on the disk before the next one starts."""
+        if self.journal is None:
+            self.open_journal({})
+        assert self.journal is not None
+        if self.journal.records.get(record.id) != record:
+            self.journal.add(record)
+        self.finished.append(record)
+
+    def rest_s(self) -> float:
+        """The expected rest of the sweep in seconds, from the cases so far."""
+        done = len(self.finished)
+        return (time.monotonic() - self.began) / done * (len(self.planned) - done) if done else 0.0
+
+    # What goes on during a case
+
+    def progress(self, text: str) -> None:
+        self.say(text)
+
+    def idle(self) -> None:
+        if self.estimates and self.estimates.poll():
+            self._amend()
+
+    def timing(self, on: bool) -> None:
+        if self.estimates:
+            self.estimates.pause(on)
+
+    def _amend(self) -> None:
+        """Put finished estimates beside the measurements they belong to."""
+        assert self.estimates is not None and self.journal is not None
+        for case in list(self._wanting_estimate):
+            record = self.journal.records.get(case.id)
+            if record is not None and self.estimates.is_done(case):
+                outcome, _ = self.estimates.result(case, self.options.settings.timeout_s)
+                self.journal.add(with_estimate(record, outcome))
+                self._wanting_estimate.discard(case)
+
+    # The end
+
+    def finish(self, interrupted: bool) -> None:
+        """Wait for the last estimates, write the run file, and leave no process behind."""
+        try:
+            if self.journal and self._wanting_estimate and self.estimates and not interrupted:
+                self.say(f"finishing {len(self._wanting_estimate)} estimates")
+                for case in list(self._wanting_estimate):
+                    self.estimates.result(case, self.options.settings.timeout_s)
+                self._amend()
+        finally:
+            self.close()
+        if self.journal is None:
+            return
+        if not self.journal.records:
+            self.journal.discard()
+            return
+        records = self.journal.records
+        complete = not interrupted and all(plan.case.id in records for plan in self.planned)
+        self.run_path = self.journal.finish(complete)
+
+    def abandon(self) -> None:
+        """Nothing was run: leave nothing behind."""
+        self.close()
+        if self.journal and not self.journal.records:
+            self.journal.discard()
+            self.journal = None
+
+    def close(self) -> None:
+        if self.estimates:
+            self.estimates.close()
+        if self.machine:
+            self.machine.close()
+
+    @property
+    def records(self) -> list[Record]:
+        """What the run holds now."""
+        return list(self.journal.records.values()) if self.journal else []
