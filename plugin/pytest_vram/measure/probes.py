@@ -39,8 +39,12 @@ def canary(job: Message, reporter: Reporter) -> None:
 
 
 def estimate(job: Message, reporter: Reporter) -> None:
-    """Simulate one case."""
+    """Simulate one case, on one thread: its real tensors are tiny, and idle threads of a pool would spin."""
+    import torch
+
     from pytest_vram.measure.simulation import simulate
+
+    torch.set_num_threads(1)
 
     result: dict[str, Any] = asdict(simulate(Model.model_validate(job["model"]), Case.model_validate(job["case"])))
     reporter.ask("done", **result)

@@ -53,11 +53,11 @@ def simulate(model: Model, case: Case) -> Estimate:
             _large_buffers_to_meta(module)
         with OneDevice(), Trace() as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
-            seen = {o.name: o.simulate(pipe, model.denoiser, trace) for o in optimizations}
             if not offloaded:
                 for module in networks(pipe).values():
                     for tensor in (*module.parameters(), *module.buffers()):
                         trace.track(tensor)
+            seen = {o.name: o.simulate(pipe, model.denoiser, trace) for o in optimizations}
             phases = Phases(pipe, model.denoiser, trace.enter)
             arguments = call_arguments(pipe, case.model_copy(update={"steps": STEPS}), None)
             for _ in range(CALLS):

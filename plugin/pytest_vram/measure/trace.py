@@ -38,6 +38,12 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _format(tensor: torch.Tensor) -> torch.memory_format:
+    """The memory format that its strides suggest, as ATen's `suggest_memory_format` has it."""
+    suggested: torch.memory_format = torch._prims_common.suggest_memory_format(tensor)
+    return suggested
+
+
 def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -57,6 +63,23 @@ def _substitute(change: Callable[[torch.Tensor], torch.Tensor], args: Any, kwarg
         return META if isinstance(value, torch.device) else value
 
     return [one(a) for a in args], {k: one(v) for k, v in kwargs.items()}
+
+
+def _with_strides_kept(func: Any, args: Any, out: Any) -> Any:
+    """An elementwise operator on one tensor and numbers keeps the tensor's strides; on meta PyTorch makes the stride of a
+    dimension of size 1 anew. Convolutions read their memory format from it: with a batch of 1 the VAE's mid block turns
+    to NCHW on a GPU, with more images it stays NHWC.
+    """
+    if torch.Tag.pointwise not in func.tags or not isinstance(out, torch.Tensor):
+        return out
+    operands = [t for t in _tensors_in(args) if t.dim()]
+    if len(operands) != 1 or operands[0].shape != out.shape:
+        return out
+    strides = operands[0].stride()
+    changed = {size for size, old, new in zip(out.shape, strides, out.stride(), strict=True) if old != new}
+    if changed != {1}:
+        return out
+    return aten.empty_strided.default(out.shape, strides, dtype=out.dtype, device=META)
 
 
 class Trace(TorchDispatchMode):
@@ -115,19 +138,34 @@ class Trace(TorchDispatchMode):
     # How operators run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.convolution.default and any(t.is_meta for t in _tensors_in(args)):
+            return self._convolution(func, args, kwargs or {})
         out = self._run(func, args, kwargs or {})
         for tensor in _tensors_in((out,)):
             self.track(tensor)
-        if func is aten.convolution.default:
-            self._workspace(args[0], args[1], out)
-        elif not self._used_cublas and func in MATMULS:
+        if not self._used_cublas and func in MATMULS:
             self._used_cublas = True
             self.malloc(CUBLAS_WORKSPACE)
         return out
 
-    def _workspace(self, sample: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """cuDNN's optional workspace: copies of input, weight and output in its own layout."""
-        self.events.append((0, _nbytes(sample) + _nbytes(weight) + _nbytes(out)))
+    def _convolution(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """As cuDNN does it: operands dense and of one memory format, copied where they are not, then an optional
+        workspace: copies of input, weight and output in its own layout, NHWC, unless they are in it already.
+        """
+        sample, weight = _on_meta(args[0]), _on_meta(args[1])
+        nhwc = {4: torch.channels_last, 5: torch.channels_last_3d}.get(sample.dim(), torch.contiguous_format)
+        wanted = nhwc if nhwc in (_format(sample), _format(weight)) else torch.contiguous_format
+        copies = [self.malloc(_nbytes(t)) for t in (sample, weight) if not t.is_contiguous(memory_format=wanted)]
+        inferred = self._run(func, args, kwargs)
+        out: torch.Tensor = inferred
+        if not inferred.is_contiguous(memory_format=wanted):
+            out = aten.empty.memory_format(inferred.shape, dtype=inferred.dtype, device=META, memory_format=wanted)
+        self.track(out)
+        if wanted is torch.contiguous_format:
+            self.events.append((0, _nbytes(sample) + _nbytes(weight) + _nbytes(out)))
+        for copy in copies:
+            self.free(copy)
+        return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(_tensors_in((*args, *kwargs.values())))
@@ -149,8 +187,6 @@ class Trace(TorchDispatchMode):
             return func(_on_meta(args[0]), self._indices(args[1]))
         if kwargs.get("device") or not all(t.is_meta for t in tensors):  # mixed: the values no longer matter
             args, kwargs = _substitute(_on_meta, args, kwargs)
-        if name == "aten::convolution":
-            self._copy_for_cudnn(args[0])
         return self._infer(func, args, kwargs)
 
     @staticmethod
@@ -193,7 +229,7 @@ class Trace(TorchDispatchMode):
             kind, shapes = self._shapes[known]
             made = [aten.empty_strided.default(s, st, dtype=d, device=META) for s, st, d in shapes]
             return made[0] if kind is torch.Tensor else kind(made)
-        out = func(*args, **kwargs)
+        out = _with_strides_kept(func, args, func(*args, **kwargs))
         outs = out if isinstance(out, (list, tuple)) else [out]
         given = {t.untyped_storage()._cdata for t in _tensors_in(args)}
         if known and all(
@@ -204,12 +240,6 @@ class Trace(TorchDispatchMode):
         ):
             self._shapes[known] = type(out), [(t.shape, t.stride(), t.dtype) for t in outs]
         return out
-
-    def _copy_for_cudnn(self, sample: torch.Tensor) -> None:
-        """cuDNN wants its input dense: anything else is copied first."""
-        formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(sample.dim(), [])
-        if not any(sample.is_contiguous(memory_format=f) for f in (torch.contiguous_format, *formats)):
-            self.free(self.malloc(_nbytes(sample)))
 
 
 class OneDevice(TorchFunctionMode):
