@@ -54,7 +54,8 @@ def first_problem(error: "ValidationError", source: str | Path) -> str:
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"]) or "(top level)"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    message = first["msg"].removeprefix("Value error, ")
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":
         message = "is not a key of this table"
+    key = " ".join(key.split())
     return f"{source}: {key}: {message[:1].lower()}{message[1:]}{more}"

@@ -66,7 +66,7 @@ def _options(config: pytest.Config) -> Options:
         value = text(name)
         return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
 
-    batch_sizes = names("batch-sizes")
+    batches = names("batch-sizes")
     limit = text("limit")
     matrix = text("matrix")
     images = text("save-images")
@@ -78,7 +78,7 @@ def _options(config: pytest.Config) -> Options:
             models=names("models"),
             optimizations=names("optimizations"),
             resolutions=names("resolutions"),
-            batch_sizes=batch_sizes and tuple(_whole(n, "--vram-batch-sizes") for n in batch_sizes),
+            batch_sizes=None if batches is None else tuple(_whole(n, "--vram-batch-sizes") for n in batches),
             steps=_whole(text("steps"), "--vram-steps"),
         ),
         weights=config.getoption("--vram-weights"),
@@ -250,7 +250,7 @@ class Manager:
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if report.when == "call" and (record := item.stash.get(RECORD, None)) is not None:
-            report.vram = record.model_dump(mode="json")
+            report.vram = record.model_dump(mode="json")  # type: ignore[attr-defined]
         return report
 
     @pytest.hookimpl(tryfirst=True)

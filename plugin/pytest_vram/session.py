@@ -109,7 +109,9 @@ class SweepSession(Watcher):
                 raise UsageError(f"--vram-models: {folder} is a folder of weights; give --vram-weights pretrained too")
             model = model_from_folder(Path(folder))
             if model.name in models:
-                raise UsageError(f"--vram-models: {folder}: a model is called {model.name!r} already; rename the folder")
+                raise UsageError(
+                    f"--vram-models: {folder}: a model is called {model.name!r} already; rename the folder"
+                )
             models[model.name] = model
             names[folder] = model.name
         return Overrides(
@@ -251,7 +253,8 @@ class SweepSession(Watcher):
 
     def _amend(self) -> None:
         """Put finished estimates beside the measurements they belong to."""
-        assert self.estimates is not None and self.journal is not None
+        assert self.estimates is not None
+        assert self.journal is not None
         for case in list(self._wanting_estimate):
             record = self.journal.records.get(case.id)
             if record is not None and self.estimates.is_done(case):

@@ -33,13 +33,19 @@ class Case(BaseModel):
     @property
     def id(self) -> str:
         """A label for people and for `-k`; nothing parses it."""
-        parts = [self.model, "+".join(self.optimizations), f"{self.width}x{self.height}"]
+        return "/".join((self.model, *self.labels))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the id says beside the model."""
+        parts = ["+".join(self.optimizations), f"{self.width}x{self.height}"]
         if self.frames:
             parts.append(f"f{self.frames}")
         parts.append(f"b{self.batch_size}")
         if self.limit_bytes:
-            parts.append(f"{self.limit_bytes / 2**30:g}GiB")
-        return "/".join(parts)
+            gib = self.limit_bytes / 2**30
+            parts.append(f"{gib:g}GiB" if round(gib, 2) == gib else f"{self.limit_bytes / 2**20:g}MiB")
+        return tuple(parts)
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -52,7 +58,7 @@ def parse_bytes(text: str, option: str) -> int:
         size = int(_BYTE_SIZE.validate_python(text))
     except ValidationError:
         size = 0
-    if size <= 0 or text.strip().isdigit():
+    if size <= 0 or not text.strip()[-1:].isalpha():
         raise UsageError(f"{option}: {text!r} is not a size; write it like 8GiB or 500MiB")
     return size
 

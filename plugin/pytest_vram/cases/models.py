@@ -88,7 +88,11 @@ def read_model(path: Path) -> Model:
 def read_models(*folders: Path) -> dict[str, Model]:
     """The packaged models and those of `folders`, by name; a later folder replaces a model of the same name."""
     packaged = Path(str(files(__package__) / "models"))
-    models = (read_model(path) for folder in (packaged, *folders) for path in sorted(folder.glob("*.toml")))
+    models = (
+        read_model(path)
+        for folder in (packaged, *folders)
+        for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)
+    )
     return {model.name: model for model in models}
 
 
@@ -98,7 +102,7 @@ def find_model(name: str, models: Mapping[str, Model]) -> Model:
     Raises:
         ValueError: with the nearest name.
     """
-    by_name = {alias: model for model in models.values() for alias in (*model.aliases, model.name)}
+    by_name = {alias: model for model in models.values() for alias in model.aliases} | dict(models)
     if name not in by_name:
         raise ValueError(unknown("model", name, by_name))
     return by_name[name]
@@ -121,7 +125,7 @@ def model_from_folder(folder: Path) -> Model:
     index = _read_json(folder / "model_index.json")
     components = {}
     for name, entry in index.items():
-        if name.startswith("_") or name in NOT_MEASURED or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_") or name in NOT_MEASURED or not isinstance(entry, list) or len(entry) != 2:
             continue
         if (folder / name / "config.json").is_file() and entry[0] in ("diffusers", "transformers"):
             _require_safetensors(folder / name)
@@ -130,12 +134,12 @@ def model_from_folder(folder: Path) -> Model:
     denoiser = next((name for name in ("transformer", "unet") if name in components), None)
     if denoiser is None or "vae" not in components:
         raise UsageError(f"{folder}: model_index.json names no denoiser (unet or transformer) and VAE")
-    multiple = 2 ** (len(components["vae"]["config"].get("block_out_channels", [0] * 4)) - 1)
-    sample = components[denoiser]["config"].get("sample_size", 64)
-    height, width = (s * multiple for s in (sample if isinstance(sample, list) else (sample, sample)))
-    lengths = [c["config"].get("max_position_embeddings", 77) for n, c in components.items() if "text" in n]
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     try:
+        multiple = 2 ** (len(components["vae"]["config"].get("block_out_channels", [0] * 4)) - 1)
+        sample = components[denoiser]["config"].get("sample_size") or 64
+        height, width = (s * multiple for s in (sample if isinstance(sample, list) else (sample, sample)))
+        lengths = [c["config"].get("max_position_embeddings", 77) for n, c in components.items() if "text" in n]
         return Model.model_validate(
             {
                 "name": folder.resolve().name.lower().replace(" ", "-"),
@@ -162,6 +166,8 @@ def model_from_folder(folder: Path) -> Model:
         raise UsageError(first_problem(error, folder)) from error
     except KeyError as error:
         raise UsageError(f"{folder}: the key {error} is missing from its configuration") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{folder}: its configuration is not what save_pretrained writes: {error}") from error
 
 
 def _require_safetensors(folder: Path) -> None:
@@ -175,7 +181,7 @@ def _require_safetensors(folder: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not JSON"
         raise UsageError(f"{path}: {reason}; a pretrained model is a folder that save_pretrained wrote") from error
     if not isinstance(value, dict):

@@ -122,9 +122,7 @@ def expand(
         for model, optimizations, (width, height), batch_size in _axes(
             block, where, models, parse_optimizations, overrides
         ):
-            if any(
-                matches(model, optimizations, (width, height), batch_size) for matches in excluded
-            ):
+            if any(matches(model, optimizations, (width, height), batch_size) for matches in excluded):
                 continue
             native = model.native
             case = Case(

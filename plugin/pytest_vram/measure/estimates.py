@@ -138,20 +138,18 @@ def estimated_record(case: Case, outcome: Message, seconds: float) -> Record:
         estimated_allocated_peak_bytes=outcome["allocated_peak"],
         required_bytes=required,
     )
-    failure = None
+    too_much: Failure | None = None
     if case.limit_bytes is not None and required > case.limit_bytes:
-        failure = Failure(
+        too_much = Failure(
             limit_bytes=case.limit_bytes,
             message=f"the estimate is {required >> 20} MiB with {ASSUMED_CONTEXT_BYTES >> 20} MiB of context assumed",
         )
     return Record(
-        status="oom" if failure else "ok",
+        status="oom" if too_much else "ok",
         memory=memory,
-        phases={
-            name: PhaseCost(allocated_peak_bytes=peak or None) for name, peak in outcome["phases"].items()
-        },
+        phases={name: PhaseCost(allocated_peak_bytes=peak or None) for name, peak in outcome["phases"].items()},
         effects=outcome["effects"],
-        failure=failure,
+        failure=too_much,
         unavailable={
             "time": "estimated: nothing was run",
             "memory.context_bytes": f"estimated: required_bytes assumes {ASSUMED_CONTEXT_BYTES >> 20} MiB",

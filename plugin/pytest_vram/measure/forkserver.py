@@ -80,9 +80,10 @@ class Worker:
 
 
 class Starter(Protocol):
-    """What starts workers."""
+    """What starts workers; `import_s` is how long its imports took, once."""
 
     name: str
+    import_s: float
 
     def start(self, task: str, environ: Mapping[str, str]) -> Worker: ...
 
@@ -184,7 +185,15 @@ class Spawner:
     def start(self, task: str, environ: Mapping[str, str]) -> Worker:
         ours, theirs = socket.socketpair()
         fd, output = _output_file()
-        command = [sys.executable, "-c", _SPAWN, json.dumps(sys.path), str(theirs.fileno()), task, json.dumps(dict(environ))]
+        command = [
+            sys.executable,
+            "-c",
+            _SPAWN,
+            json.dumps(sys.path),
+            str(theirs.fileno()),
+            task,
+            json.dumps(dict(environ)),
+        ]
         with theirs, os.fdopen(fd) as file:
             process = subprocess.Popen(
                 command,

@@ -108,9 +108,7 @@ def _limited(case: Case, model: Model, machine: Machine, settings: Settings, wat
     return run
 
 
-def _one_worker(
-    case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher, context: int
-) -> _Run:
+def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher, context: int) -> _Run:
     environ = dict(PRELOAD_ENVIRON)
     for optimization in chosen(case.optimizations):
         environ |= optimization.environ
@@ -335,7 +333,9 @@ def _phases(runs: list[_Run]) -> dict[str, PhaseCost]:
 
 def _time(case: Case, model: Model, runs: list[_Run]) -> Time:
     """Rounds of a throttled GPU are discarded, unless no other is left."""
-    workers, kept_rounds, discarded = [], [], 0
+    workers: list[WorkerTime] = []
+    kept_rounds: list[dict[str, float]] = []
+    discarded = 0
     for run in runs:
         rounds = run.outcome["rounds"]
         states = run.telemetry or [RoundTelemetry()] * len(rounds)

@@ -1,7 +1,7 @@
 """Runs a real pipeline on tensors without data, and records what memory it would take and give back on a GPU.
 
-Tensors that depend on a weight are on the meta device: a shape and no data. Small tensors that do not (token ids, masks,
-timesteps) stay real, so that code which reads values works unchanged.
+Tensors that depend on a weight are on the meta device: a shape and no data. Small tensors that do not (token ids,
+masks, timesteps) stay real, so that code which reads values works unchanged.
 """
 
 import weakref
@@ -66,9 +66,9 @@ def _substitute(change: Callable[[torch.Tensor], torch.Tensor], args: Any, kwarg
 
 
 def _with_strides_kept(func: Any, args: Any, out: Any) -> Any:
-    """An elementwise operator on one tensor and numbers keeps the tensor's strides; on meta PyTorch makes the stride of a
-    dimension of size 1 anew. Convolutions read their memory format from it: with a batch of 1 the VAE's mid block turns
-    to NCHW on a GPU, with more images it stays NHWC.
+    """An elementwise operator on one tensor and numbers keeps the tensor's strides; on meta PyTorch makes the stride of
+    a dimension of size 1 anew. Convolutions read their memory format from the strides: on a GPU what follows the VAE's
+    mid block is NCHW for a batch of 1, and NHWC for more images.
     """
     if torch.Tag.pointwise not in func.tags or not isinstance(out, torch.Tensor):
         return out

@@ -31,7 +31,7 @@ def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module
     cls = _network_class(component)
     with init_empty_weights(include_buffers=False):
         if component.library == "diffusers":
-            module: torch.nn.Module = cls.from_config(component.config)
+            module: Any = cls.from_config(component.config)
         else:
             module = cls(cls.config_class(**component.config))
     if hasattr(module, "tie_weights"):
@@ -48,7 +48,8 @@ def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module
         for name, buffer in submodule._buffers.items():
             if buffer is not None and name not in submodule._non_persistent_buffers_set:
                 submodule._buffers[name] = buffer.to(_dtype(buffer, path, name, kept, dtype))
-    return module.eval()
+    network: torch.nn.Module = module.eval()
+    return network
 
 
 def _network_class(component: Component) -> Any:
@@ -63,7 +64,7 @@ def _version(library: str) -> str:
 
 
 def _kept_in_fp32(cls: Any, library: str, dtype: torch.dtype) -> set[str]:
-    """Parts that loading in half precision leaves in fp32: transformers does so for fp16 only, diffusers for bf16 too."""
+    """Parts that loading in half precision leaves in fp32: for transformers in fp16 only, for diffusers in bf16 too."""
     kept = set(getattr(cls, "_keep_in_fp32_modules_strict", None) or ())
     if library == "diffusers" or dtype == torch.float16:
         kept |= set(getattr(cls, "_keep_in_fp32_modules", None) or ())

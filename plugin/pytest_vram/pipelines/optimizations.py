@@ -125,9 +125,7 @@ class ChannelsLast(Optimization):
         formats: list[bool] = []
 
         def note(_: Any, __: Any, output: "torch.Tensor") -> None:
-            formats.append(
-                output.is_contiguous(memory_format=torch.channels_last) and not output.is_contiguous()
-            )
+            formats.append(output.is_contiguous(memory_format=torch.channels_last) and not output.is_contiguous())
 
         convolutions = (module for module in getattr(pipe, denoiser).modules() if isinstance(module, torch.nn.Conv2d))
         if first := next(convolutions, None):

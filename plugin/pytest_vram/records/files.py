@@ -116,12 +116,12 @@ def read_journal(path: Path) -> Run:
     whole = lines[:-1]  # what follows the last newline was not written to its end
     if not whole:
         raise RunFileError(f"{path}: is empty")
-    document = _json(whole[0], path)
-    records: dict[str, Any] = {}
-    for line in whole[1:]:
-        record = _json(line, path)
-        records[str(record.get("id"))] = record
-    return checked({"vram": {**document, "records": list(records.values())}}, path)
+    documents = [_json(line, path) for line in whole]
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, dict):
+            raise RunFileError(f"{path}: line {number} is no JSON object; it is no journal of pytest-vram")
+    records = {str(record.get("id")): record for record in documents[1:]}
+    return checked({"vram": {**documents[0], "records": list(records.values())}}, path)
 
 
 def checked(document: Any, source: Path) -> Run:
@@ -159,7 +159,7 @@ def _json(text: str, path: Path) -> Any:
 
 def unfinished(folder: Path) -> Iterable[Path]:
     """Journals and incomplete run files of a folder, the newest first."""
-    journals = {path for path in folder.glob("*.jsonl")}
+    journals = set(folder.glob("*.jsonl"))
     files = {path for path in folder.glob("*.json") if path.with_suffix(".jsonl") not in journals}
     for path in sorted(journals | files, key=lambda path: path.name, reverse=True):
         try:

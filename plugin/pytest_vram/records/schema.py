@@ -9,12 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pytest_vram.cases.case import Case
 
-SCHEMA = 1
 NVML_SLACK_BYTES = 64 << 20  # NVML was seen to count a process up to this much below the pool it holds
 
 Status = Literal["ok", "oom", "error", "timeout", "skipped"]
 Phase = Literal["load", "encode", "denoise", "decode"]
-Bytes = Annotated[int, Field(gt=0, lt=1 << 50)]
+Bytes = Annotated[int, Field(strict=True, gt=0, lt=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, lt=1e7, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=20_000)]
 
@@ -40,11 +39,11 @@ class Memory(_Part):
     estimated_need_bytes: Bytes | None = None
     estimated_allocated_peak_bytes: Bytes | None = None
     host_peak_bytes: Bytes | None = None
-    alloc_retries: int | None = Field(default=None, ge=0)
+    alloc_retries: int | None = Field(default=None, strict=True, ge=0)
 
 
 class PhaseCost(_Part):
-    """One phase: its time in seconds (median of the rounds; load and an estimate's phases differ) and allocated peak."""
+    """One phase: its seconds (the median of the rounds; the load happens once) and its allocated peak."""
 
     time_s: float | None = Field(default=None, ge=0, lt=1e7)
     allocated_peak_bytes: Bytes | None = None
@@ -139,7 +138,7 @@ class Record(_Part):
 class Run(_Part):
     """The records of one sweep with one environment: the key `vram` of a run file."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(default=1, alias="schema")
     environment: dict[str, Any]
     sweep: str
     complete: bool = True
@@ -158,7 +157,6 @@ def impossible_figures(record: Record) -> str | None:
     memory = record.memory
     offloaded = any("offload" in name for name in record.case.optimizations)
     tolerance = memory.need_tolerance_bytes or 0
-    needs_reserved = memory.reserved_peak_bytes
     order = [
         ("weights_bytes", None if offloaded else memory.weights_bytes, "allocated_peak_bytes", 0),
         ("allocated_peak_bytes", memory.allocated_peak_bytes, "reserved_peak_bytes", 0),
@@ -171,9 +169,9 @@ def impossible_figures(record: Record) -> str | None:
                 continue  # the weights may be what did not fit
             if low is not None and high is not None and low > high + slack:
                 return f"{name} {low} is above {above} {high}"
-        if record.method == "measured" and memory.need_bytes is not None and needs_reserved is not None:
-            if memory.need_bytes > needs_reserved + tolerance:
-                return f"need_bytes {memory.need_bytes} is above reserved_peak_bytes {needs_reserved} and its tolerance"
+        need, reserved = memory.need_bytes, memory.reserved_peak_bytes
+        if record.method == "measured" and need and reserved and need > reserved + tolerance:
+            return f"need_bytes {need} is above reserved_peak_bytes {reserved} and its tolerance"
     if record.status == "ok" and record.method == "measured" and not record.time.workers:
         return "status ok with no rounds"
     if record.status in ("error", "timeout", "oom") and record.method == "measured" and record.failure is None:
@@ -186,7 +184,7 @@ def impossible_figures(record: Record) -> str | None:
 def above_the_card(record: Record, card_bytes: int) -> str | None:
     """The first figure of this record that the GPU could not hold, or None."""
     for name, value in record.memory.model_dump().items():
-        if name.endswith("bytes") and not name.startswith(("host", "weights", "estimated")) and value is not None:
-            if value > card_bytes:
-                return f"{name} {value} is more than the GPU has ({card_bytes})"
+        on_the_gpu = name.endswith("bytes") and not name.startswith(("host", "weights", "estimated"))
+        if on_the_gpu and value is not None and value > card_bytes:
+            return f"{name} {value} is more than the GPU has ({card_bytes})"
     return None

@@ -5,6 +5,7 @@ from io import StringIO
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pytest_vram.records.schema import Record
@@ -60,7 +61,7 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], ass
     for record in records:
         by_model.setdefault(record.case.model, []).append(record)
     for model, group in by_model.items():
-        table.add_row(display_name(model, aliases))
+        table.add_row(escape(display_name(model, aliases)))
         for record in group:
             table.add_row(*_row(record, assumed_context))
     console = Console(file=StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
@@ -71,12 +72,12 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], ass
 
 def _row(record: Record, assumed_context: int) -> list[str]:
     memory, time = record.memory, record.time
-    label = record.id.split("/", 1)[-1].replace("/", " ")
+    label = " ".join(record.case.labels)
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
     if no_effect:
-        label += f" [{', '.join(no_effect)}: no effect]"
+        label += f"\n    {', '.join(no_effect)}: no effect"
     return [
-        "  " + label.replace("[", r"\["),
+        escape(f"  {label}"),
         record.status if record.method == "measured" or record.status != "ok" else "estim.",
         required(record, assumed_context),
         gib(memory.allocated_peak_bytes),

@@ -1,0 +1,121 @@
+"""What the workers of these tests do; `module:function` names a task, the job says the rest. Imports no torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pytest_vram.measure.channel import Message
+from pytest_vram.measure.worker import Reporter
+
+MIB = 1 << 20
+ROUND = {"encode": 0.1, "denoise": 0.6, "decode": 0.3}
+
+
+def facts(job: Message, reporter: Reporter) -> None:
+    """Tell what kind of process this is, then go on until the next message."""
+    score = Path("/proc/self/oom_score_adj")
+    reporter.ask(
+        "facts",
+        pid=os.getpid(),
+        parent=os.getppid(),
+        session=os.getsid(0),
+        argument=job.get("argument"),
+        environ={name: os.environ.get(name) for name in job.get("environ", ())},
+        modules=[name for name in job.get("modules", ()) if name in sys.modules],
+        oom_score_adj=int(score.read_text()) if score.exists() else None,
+    )
+
+
+def echo(job: Message, reporter: Reporter) -> None:
+    """Give every message back."""
+    while True:
+        job = reporter.ask("echo", message=job)
+
+
+def end(job: Message, reporter: Reporter) -> None:
+    """End as the job says, after writing to both outputs."""
+    print("to stdout", "x" * job.get("filler", 0), flush=True)
+    print("to stderr", file=sys.stderr)
+    if "signal" in job:
+        os.kill(os.getpid(), job["signal"])
+    if "exit" in job:
+        sys.exit(job["exit"])
+    if "raise" in job:
+        raise ValueError(job["raise"])
+
+
+def quiet(job: Message, reporter: Reporter) -> None:
+    """Write one line to stdout, and leave the flushing to the interpreter."""
+    sys.stdout.write("the worker's own")
+
+
+def nest(job: Message, reporter: Reporter) -> None:
+    """Start another process, and sleep."""
+    process = subprocess.Popen(["sleep", "60"])
+    reporter.send("asleep", parent=os.getppid(), child=process.pid)
+    time.sleep(60)
+
+
+def sleep(job: Message, reporter: Reporter) -> None:
+    """Sleep in the load phase."""
+    reporter.send("phase", phase="load", parent=os.getppid())
+    time.sleep(60)
+
+
+def die(job: Message, reporter: Reporter) -> None:
+    """Be killed while loading, as by the kernel."""
+    reporter.send("phase", phase="load")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def blow(job: Message, reporter: Reporter) -> None:
+    """Raise what `raises` in the model's `pipeline_arguments` says, after loading."""
+    reporter.send("phase", phase="load")
+    reporter.send("phase", phase="warm-up")
+    raise ValueError(job["model"]["pipeline_arguments"]["raises"])
+
+
+def generate(job: Message, reporter: Reporter) -> None:
+    """The messages of generation.py with no pipeline; the model's `pipeline_arguments` say what differs.
+
+    `failed` holds the fields of a failure, `done` those that replace the figures below.
+    """
+    script = job["model"]["pipeline_arguments"]
+    figures: dict[str, Any] = {
+        "load_s": 0.5,
+        "cold_s": 2.0,
+        "warmup_s": 3.0,
+        "rounds_wall_s": 3.0,
+        "rounds": [ROUND] * 3,
+        "effects": dict.fromkeys(job["case"]["optimizations"], "applied"),
+        "denoiser_calls": 3,
+        "native_denoiser_calls": 30,
+        "phase_peaks": {},
+        "weights_bytes": 300 * MIB,
+        "host_peak_bytes": 1000 * MIB,
+    }
+    if job["device"] == "cuda":
+        cap = reporter.ask("context", reserved_bytes=0)["cap_bytes"]
+        reporter.send("phase", phase=f"cap {cap}")
+        reserved = 600 * MIB if cap is None else min(600 * MIB, cap)
+        figures |= {
+            "phase_peaks": {"load": 300 * MIB, "denoise": 500 * MIB},
+            "allocated_peak_bytes": min(500 * MIB, reserved),
+            "reserved_peak_bytes": reserved,
+            "reserved_bytes": reserved,
+            "alloc_retries": 0,
+        }
+    figures |= script.get("done", {})
+    reporter.send("phase", phase="load")
+    reporter.send("phase", phase="warm-up")
+    if "failed" in script:
+        reporter.ask("failed", **{**figures, **script["failed"]})
+        return
+    reporter.ask("rounds", count=len(figures["rounds"]), pilot_s=1.0)
+    for index in range(len(figures["rounds"])):
+        reporter.send("round", index=index)
+    reporter.ask("done", **figures)

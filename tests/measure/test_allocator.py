@@ -1,0 +1,256 @@
+"""The model of PyTorch's caching allocator against traces worked out by hand from CUDACachingAllocator.cpp."""
+
+from itertools import permutations
+
+import pytest
+
+from pytest_vram.measure.allocator import Allocator, Event, OutOfMemory, replay, smallest_cap
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def held(allocator: Allocator) -> tuple[float, float]:
+    """MiB (allocated, reserved)."""
+    return allocator.allocated / MIB, allocator.reserved / MIB
+
+
+@pytest.mark.parametrize(
+    ("size", "taken"), [(1, 512), (512, 512), (513, 1024), (MIB - 1, MIB), (3 * MIB + 1, 3 * MIB + 512)]
+)
+def test_sizes_are_rounded_to_512_bytes(size: int, taken: int) -> None:
+    allocator = Allocator()
+    assert allocator.malloc(size).size == taken == allocator.allocated == allocator.allocated_peak
+
+
+@pytest.mark.parametrize(
+    ("size", "segment_mib"),
+    [
+        (1, 2),
+        (MIB, 2),
+        (MIB + 1, 20),
+        (10 * MIB - 512, 20),
+        (10 * MIB - 511, 10),  # rounded first
+        (10 * MIB, 10),
+        (10 * MIB + 1, 12),
+        (12 * MIB, 12),
+        (21 * MIB, 22),
+        (1001 * MIB, 1002),
+    ],
+)
+def test_a_request_takes_the_segment_of_its_size(size: int, segment_mib: int) -> None:
+    allocator = Allocator()
+    allocator.malloc(size)
+    assert allocator.reserved == allocator.reserved_peak == segment_mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("size", "allocated"),
+    [
+        (11 * MIB, 12 * MIB),  # 1 MiB would remain of 12: too little to split
+        (11 * MIB - 512, 11 * MIB - 512),
+        (10 * MIB, 10 * MIB),
+        (9 * MIB, 9 * MIB),
+    ],
+)
+def test_a_large_block_is_split_when_more_than_1_mib_remains(size: int, allocated: int) -> None:
+    allocator = Allocator()
+    allocator.malloc(size)
+    assert allocator.allocated == allocated
+    rest = allocator.reserved - allocated
+    if rest:
+        allocator.malloc(rest)
+        assert allocator.allocated == allocator.reserved  # the rest is there to be used
+
+
+def test_a_small_block_is_split_down_to_512_bytes() -> None:
+    allocator = Allocator()
+    for size in (MIB, MIB - 512, 512):
+        allocator.malloc(size)
+    assert held(allocator) == (2, 2)
+    allocator.malloc(1)
+    assert allocator.reserved == 4 * MIB
+
+
+def test_the_smallest_free_block_that_fits_is_taken() -> None:
+    allocator = Allocator()
+    blocks = [allocator.malloc(mib * MIB) for mib in (14, 12, 16)]
+    for block in blocks:
+        allocator.release(block)
+    for mib in (11, 13, 15):  # each in the segment just above it
+        allocator.malloc(mib * MIB)
+    assert held(allocator) == (12 + 14 + 16, 42)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_free_neighbours_merge_in_any_order(order: tuple[int, ...]) -> None:
+    allocator = Allocator()
+    blocks = [allocator.malloc(5 * MIB) for _ in range(3)]
+    assert held(allocator) == (15, 20)
+    for index in order:
+        allocator.release(blocks[index])
+    assert held(allocator) == (0, 20)
+    allocator.malloc(20 * MIB)
+    assert held(allocator) == (20, 20)
+
+
+def test_a_block_in_use_keeps_its_neighbours_apart() -> None:
+    allocator = Allocator()
+    blocks = [allocator.malloc(5 * MIB) for _ in range(3)]
+    allocator.release(blocks[0])
+    allocator.release(blocks[2])  # free now: 5 before, 10 behind
+    allocator.malloc(11 * MIB)
+    assert held(allocator) == (5 + 12, 20 + 12)
+    allocator.malloc(10 * MIB)
+    allocator.malloc(5 * MIB)
+    assert held(allocator) == (32, 32)
+
+
+def test_segments_do_not_merge_and_pools_do_not_lend() -> None:
+    allocator = Allocator()
+    for block in [allocator.malloc(10 * MIB) for _ in range(2)]:
+        allocator.release(block)
+    allocator.malloc(20 * MIB)
+    assert allocator.reserved == 40 * MIB
+    allocator.malloc(512)  # though 20 MiB are free in the large pool
+    assert allocator.reserved == 42 * MIB
+
+
+def test_empty_cache_gives_back_whole_segments_only() -> None:
+    allocator = Allocator()
+    kept, freed = allocator.malloc(5 * MIB), allocator.malloc(5 * MIB)
+    own, small = allocator.malloc(12 * MIB), allocator.malloc(512)
+    assert allocator.reserved == (20 + 12 + 2) * MIB
+    for block in (freed, own, small):
+        allocator.release(block)
+    allocator.empty_cache()
+    assert held(allocator) == (5, 20)
+    allocator.release(kept)
+    allocator.empty_cache()
+    assert held(allocator) == (0, 0)
+    assert allocator.reserved_peak == 34 * MIB
+    allocator.malloc(12 * MIB)  # nothing that was given back is used again
+    assert held(allocator) == (12, 12)
+
+
+def test_the_cap_is_met_exactly_and_the_cache_is_flushed_before_it_is_missed() -> None:
+    allocator = Allocator(cap=30 * MIB)
+    first = allocator.malloc(12 * MIB)
+    allocator.malloc(18 * MIB)
+    assert allocator.reserved == 30 * MIB
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(512)
+    allocator.release(first)
+    allocator.malloc(512)  # the 12 MiB are flushed
+    assert allocator.reserved == 20 * MIB
+    assert allocator.reserved_peak == 30 * MIB
+
+
+def test_a_used_part_of_a_segment_keeps_all_of_it_from_the_flush() -> None:
+    allocator = Allocator(cap=30 * MIB)
+    kept, freed = allocator.malloc(2 * MIB), allocator.malloc(9 * MIB)
+    allocator.release(freed)
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(19 * MIB)  # 20 + 20 of 30, though only 2 are in use
+    allocator.release(kept)
+    allocator.malloc(19 * MIB)
+    assert held(allocator) == (20, 20)
+
+
+@pytest.mark.parametrize(("cap", "allocated", "reserved"), [(42, 42, 42), (41, 12, 12)])
+def test_an_optional_workspace_is_done_without_under_the_cap(cap: int, allocated: int, reserved: int) -> None:
+    result = replay([(1, 12 * MIB), (0, 30 * MIB), (-1, 0)], cap * MIB)
+    assert (result.allocated_peak, result.reserved_peak) == (allocated * MIB, reserved * MIB)
+
+
+def test_each_phase_has_its_own_allocated_peak() -> None:
+    trace: list[Event] = [
+        (1, 4 * MIB),
+        (0, "enter:encode"),
+        (2, 3 * MIB),
+        (-2, 0),
+        (0, "enter:denoise"),
+        (3, 2 * MIB),
+        (-3, 0),
+        (0, "enter:decode"),
+        (0, 6 * MIB),
+        (0, "enter:encode"),  # the second call
+        (-1, 0),
+        (0, "enter:denoise"),
+        (4, 7 * MIB),
+    ]
+    result = replay(trace)
+    mib = {phase: peak // MIB for phase, peak in result.phases.items()}
+    assert mib == {"load": 4, "encode": 7, "denoise": 7, "decode": 10}
+    assert result.allocated_peak == 10 * MIB
+    assert result.reserved_peak == 20 * MIB
+
+
+def test_empty_cache_in_a_trace() -> None:
+    trace: list[Event] = [(1, 12 * MIB), (-1, 0), (0, "empty_cache"), (2, 14 * MIB)]
+    assert replay(trace).reserved_peak == 14 * MIB
+    assert replay([event for event in trace if event[1] != "empty_cache"]).reserved_peak == 26 * MIB
+
+
+FLUSHED: list[Event] = [(1, 12 * MIB), (-1, 0), (2, 20 * MIB)]
+FRAGMENTED: list[Event] = [(1, 5 * MIB), (2, 5 * MIB), (3, 5 * MIB), (-2, 0), (4, 6 * MIB)]
+WORKSPACE: list[Event] = [(1, 12 * MIB), (0, 100 * MIB), (2, 10 * MIB)]
+
+
+@pytest.mark.parametrize("tolerance", [512, 64 * KIB, 4 * MIB])
+@pytest.mark.parametrize(
+    ("trace", "free", "need"),
+    [(FLUSHED, 32, 20), (FRAGMENTED, 40, 40), (WORKSPACE, 112, 22)],
+    ids=["flushed", "fragmented", "workspace"],
+)
+def test_the_smallest_cap_is_found_to_the_tolerance(trace: list[Event], free: int, need: int, tolerance: int) -> None:
+    high = replay(trace).reserved_peak
+    assert high == free * MIB
+    found = smallest_cap(trace, 0, high, tolerance)
+    assert need * MIB <= found < need * MIB + tolerance
+    replay(trace, found)
+    with pytest.raises(OutOfMemory):
+        replay(trace, found - tolerance)
+
+
+# Expandable segments
+
+
+def test_expandable_segments_lose_nothing_to_20_mib_segments() -> None:
+    trace: list[Event] = [(number, 6 * MIB) for number in range(1, 11)]
+    assert replay(trace).reserved_peak == 80 * MIB  # three to a segment
+    assert replay(trace, expandable=True).reserved_peak == 60 * MIB
+
+
+def test_expandable_segments_grow_by_pages_from_the_free_tail() -> None:
+    allocator = Allocator(expandable=True)
+    for size, reserved in ((21, 40), (19, 40), (30, 80), (25, 100), (5, 100), (1, 102), (1, 102), (1, 104)):
+        allocator.malloc(size * MIB)
+        assert allocator.reserved == reserved * MIB
+
+
+def test_expandable_segments_split_down_to_512_bytes() -> None:
+    size = 20 * MIB - 512
+    native, expandable = Allocator(), Allocator(expandable=True)
+    native.malloc(size)
+    expandable.malloc(size)
+    assert (native.allocated, expandable.allocated) == (20 * MIB, size)
+
+
+def test_expandable_blocks_merge_and_are_used_again() -> None:
+    allocator = Allocator(expandable=True)
+    blocks = [allocator.malloc(20 * MIB) for _ in range(3)]
+    for block in blocks:
+        allocator.release(block)
+    allocator.malloc(70 * MIB)  # three merged, and one page more
+    assert held(allocator) == (70, 80)
+
+
+def test_expandable_segments_save_the_tail_for_what_needs_it() -> None:
+    """get_free_block: for best fit a block at the end counts as large as it could grow."""
+    allocator = Allocator(expandable=True)
+    first, *_ = [allocator.malloc(mib * MIB) for mib in (30, 20, 15)]
+    allocator.release(first)  # free now: 30 at the front, 15 at the end of 80
+    allocator.malloc(12 * MIB)  # from the 30, though 15 would fit more tightly
+    assert held(allocator) == (47, 80)
+    allocator.malloc(28 * MIB)  # no longer fits at the front: the tail and one page more
+    assert held(allocator) == (75, 100)

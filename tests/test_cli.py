@@ -1,0 +1,31 @@
+"""The command pytest-vram."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pytest_vram.cli import app
+
+runner = CliRunner()
+
+
+def test_models_and_optimizations_as_tables_and_as_json() -> None:
+    assert "sd-food" in runner.invoke(app, ["models"]).stdout
+    names = [model["name"] for model in json.loads(runner.invoke(app, ["models", "--json"]).stdout)]
+    assert names == ["sdxl", "sdxl-turbo", "stable-diffusion-v1-5"]
+    assert "vae_tiling" in runner.invoke(app, ["optimizations"]).stdout
+    rows = json.loads(runner.invoke(app, ["optimizations", "--json"]).stdout)
+    assert [row["name"] for row in rows][:3] == ["fp32", "fp16", "bf16"]
+
+
+def test_doctor_says_what_is_missing_and_what_mends_it() -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert findings["torch"]["verdict"] == "ok"
+    assert findings["NVIDIA driver"]["verdict"] == findings["CUDA in a worker"]["verdict"] == "missing"
+    assert findings["NVIDIA driver"]["mend"]

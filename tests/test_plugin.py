@@ -1,0 +1,306 @@
+"""The plugin as people meet it: pytest is run on a project of one test, with tiny models on the CPU and on meta."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pytest_vram.records.files import read_journal, read_run
+from pytest_vram.records.schema import Record, Run
+
+HERE = Path(__file__).parent
+TEST = "def test_generation(vram_case):\n    vram_case.run()\n"
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project with the tiny model, its matrix, and one test."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent / "plugin"))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    (pytester.path / "models").mkdir()
+    (pytester.path / "models" / "tiny-sd.toml").write_text((HERE / "models" / "tiny-sd.toml").read_text())
+    (pytester.path / "matrix.toml").write_text((HERE / "matrix.toml").read_text())
+    pytester.makepyfile(test_it=TEST)
+    return pytester
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-p", "pytest_vram.plugin", "-p", "no:cacheprovider", *options]
+
+
+def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
+    return project.run(*command(*options))
+
+
+def run_of(project: pytest.Pytester, folder: str = "*") -> Run:
+    """The one run file that was written."""
+    (path,) = (project.path / "results").glob(f"{folder}/*.json")
+    return read_run(path)
+
+
+def by_id(run: Run) -> dict[str, Record]:
+    return {record.id.removeprefix("tiny-sd/"): record for record in run.records}
+
+
+BAD_INPUT = [
+    (["--vram-models=tiny-ds"], "--vram-models: unknown model 'tiny-ds'; did you mean 'tiny-sd'?"),
+    (
+        ["--vram-optimizations=fp32+vae_tilling"],
+        "--vram-optimizations: unknown optimization 'vae_tilling'; did you mean",
+    ),
+    (["--vram-optimizations=fp32+fp16"], "exactly one of fp32, fp16, bf16, and has fp32 and fp16"),
+    (["--vram-optimizations=vae_tiling"], "exactly one of fp32, fp16, bf16, and has none"),
+    (["--vram-resolutions=33"], "--vram-resolutions: tiny-sd takes multiples of 2 pixels, not 33x33"),
+    (["--vram-resolutions=big"], "--vram-resolutions: 'big' is not a resolution"),
+    (["--vram-batch-sizes=0"], "--vram-batch-sizes: '0' is not a whole number of 1 or more"),
+    (["--vram-steps=few"], "--vram-steps: 'few' is not a whole number of 1 or more"),
+    (["--vram-limit=8"], "--vram-limit: '8' is not a size"),
+    (["--vram-sweep=smok"], "matrix.toml: sweeps: unknown sweep 'smok'"),
+    (["--vram-matrix=nowhere.toml"], "nowhere.toml: "),
+    (["--vram-resume"], "--vram-resume: no unfinished run in "),
+    (["--vram-results=matrix.toml/x"], "--vram-results: "),
+    (["--vram-models=./nowhere", "--vram-weights=pretrained"], "nowhere/model_index.json: "),
+    (["--vram-models=./nowhere"], "--vram-weights pretrained"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_INPUT, ids=[" ".join(options) for options, _ in BAD_INPUT])
+def test_bad_input_is_one_line_and_exit_code_4(project: pytest.Pytester, options: list[str], message: str) -> None:
+    result = run(project, *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    errors = [line for line in (*result.outlines, *result.errlines) if line.startswith("ERROR")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list(project.path.glob("results/*/*"))
+
+
+def test_a_malformed_matrix_names_file_and_key(project: pytest.Pytester) -> None:
+    (project.path / "matrix.toml").write_text(
+        "[sweeps.default.blocks.a]\nmodels = ['tiny-sd']\noptimisations = ['fp32']\n"
+    )
+    result = run(project)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "matrix.toml: sweeps.default.blocks.a.optimi" in str(result.stderr)
+
+
+def test_no_gpu_is_said_at_once(project: pytest.Pytester) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    result = run(project, "--vram-device=cuda")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--gpu: no NVIDIA driver answers" in str(result.stderr)
+
+
+def test_a_sweep_on_the_cpu(project: pytest.Pytester) -> None:
+    options = ["--vram-device=cpu", "--vram-rounds=5", "--vram-save-images=images", "--benchmark-json=bench.json"]
+    optimizations = "--vram-optimizations=fp32,fp32+vae_slicing,fp32+model_offload"
+    result = run(project, *options, optimizations, "--vram-batch-sizes=2", "-rs")
+    result.assert_outcomes(passed=2, skipped=1)
+    found = run_of(project, "cpu")
+    assert found.complete
+    assert found.aliases == {"tiny-sd": ["tiny"]}
+    records = by_id(found)
+    plain = records["fp32/32x32/b2"]
+    assert plain.status == "ok"
+    assert len(plain.time.workers[0].rounds_s) == 5
+    assert plain.memory.allocated_peak_bytes is None
+    assert "RSS" in plain.unavailable["memory.allocated_peak_bytes"]
+    assert (plain.memory.host_peak_bytes or 0) > 50 << 20
+    assert records["fp32+vae_slicing/32x32/b2"].effects["vae_slicing"] == "applied"
+    skipped = records["fp32+model_offload/32x32/b2"]
+    assert (skipped.status, skipped.reason) == ("skipped", "model_offload needs a GPU")
+    time = plain.time
+    phases = {name: cost.time_s or 0.0 for name, cost in plain.phases.items()}
+    # PNDM calls the denoiser once more than it has steps; the model's own number of steps is 3
+    full_length = phases["encode"] + 4 * (time.step_s or 0.0) + phases["decode"]
+    assert time.full_length_s == pytest.approx(full_length)
+    assert sorted(path.name for path in (project.path / "images").iterdir()) == [
+        f"tiny-sd_{flags}_32x32_b2_{number}.png" for flags in ("fp32", "fp32+vae_slicing") for number in (0, 1)
+    ]
+    text = str(result.stdout)
+    assert "1/3 tiny-sd/fp32/32x32/b2: ok" in text
+    assert "tiny-sd (tiny)" in text
+    replayed = json.loads((project.path / "bench.json").read_text())["benchmarks"][0]
+    assert replayed["stats"]["data"] == pytest.approx(plain.time.workers[0].rounds_s)
+    assert replayed["options"]["timer"] == "device_time"
+
+
+def test_estimates_and_a_limit_that_is_too_low(project: pytest.Pytester) -> None:
+    result = run(project, "--vram-limit=900MiB", "--vram-batch-sizes=1,512", "--vram-optimizations=fp32", "-v")
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["*b1* PASSED*", "*b512* OOM*", "*1 passed, 1 oom*"])
+    records = list(run_of(project, "estimated").records)
+    assert [(record.status, record.method) for record in records] == [("ok", "estimated"), ("oom", "estimated")]
+    fits = records[0].memory
+    assert fits.need_bytes == fits.estimated_need_bytes
+    assert fits.required_bytes == (fits.need_bytes or 0) + (768 << 20)
+    assert fits.context_bytes is None
+    assert records[1].failure is not None
+    assert records[1].failure.limit_bytes == 900 << 20
+
+
+def test_estimates_under_xdist_make_one_run_file(project: pytest.Pytester) -> None:
+    result = run(project, "-n", "2")
+    assert result.ret == pytest.ExitCode.OK
+    assert len(run_of(project, "estimated").records) == 4
+    assert run(project, "-n", "2", "--vram-device=cpu").ret != pytest.ExitCode.OK
+
+
+def test_a_record_is_asked_for_once_and_an_alias_selects(project: pytest.Pytester) -> None:
+    result = run(project, "--collect-only", "-q", "-k", "tiny and b2", "--vram-models=tiny,tiny-sd")
+    assert [line for line in result.outlines if "::" in line] == [
+        "test_it.py::test_generation[tiny-sd/fp32/32x32/b2]",
+        "test_it.py::test_generation[tiny-sd/fp32+vae_slicing/32x32/b2]",
+    ]
+
+
+def test_a_project_that_has_its_own_names_runs_untouched(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent / "plugin"))
+    pytester.makeini("[pytest]\nmarkers =\n    gpu: theirs\naddopts = --strict-markers\n")
+    pytester.makeconftest(
+        """
+        import pytest
+
+        def pytest_addoption(parser):
+            parser.addoption("--gpu", action="store_true")
+
+        @pytest.fixture(params=[1, 2])
+        def case(request):
+            return request.param
+        """
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.gpu
+        def test_theirs(case, request):
+            assert case in (1, 2) and request.config.getoption("--gpu")
+        """
+    )
+    result = pytester.run(*command("--gpu", "-W", "error"))
+    result.assert_outcomes(passed=2)
+    assert not (pytester.path / "results").exists()
+
+
+# What happens when something dies
+
+
+@pytest.fixture
+def started(project: pytest.Pytester) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts pytest on the project in the background."""
+    processes = []
+
+    def start(*options: str) -> "subprocess.Popen[str]":
+        arguments = command("--vram-device=cpu", "--vram-rounds=30", "--vram-optimizations=fp32", *options)
+        process = subprocess.Popen(
+            arguments, cwd=project.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    """What `what` gives once it gives something."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := what()):
+        assert time.monotonic() < deadline, "nothing came of it"
+        time.sleep(0.02)
+    return found
+
+
+def journal_with(project: pytest.Pytester, records: int) -> Callable[[], Path | None]:
+    def look() -> Path | None:
+        paths = list((project.path / "results" / "cpu").glob("*.jsonl"))
+        return paths[0] if paths and len(read_journal(paths[0]).records) >= records else None
+
+    return look
+
+
+def descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def worker_of(process: "subprocess.Popen[str]") -> psutil.Process | None:
+    """The worker: the child of the fork server that leads a session of its own."""
+    for server in psutil.Process(process.pid).children():
+        for child in server.children():
+            if os.getsid(child.pid) == child.pid:
+                return child
+    return None
+
+
+def all_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=3)
+    assert not alive
+
+
+def test_ctrl_c_finishes_the_file_and_resume_goes_on(
+    project: pytest.Pytester, started: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = started()
+    wait_for(journal_with(project, 1))
+    wait_for(lambda: worker_of(process))
+    processes = descendants(process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    all_gone(processes)
+    first = run_of(project, "cpu")
+    assert not first.complete
+    assert [record.status for record in first.records] == ["ok", "error"]
+    assert first.records[1].failure is not None
+    assert first.records[1].failure.message == "interrupted"
+    assert "run file: " in output
+
+    result = run(project, "--vram-device=cpu", "--vram-optimizations=fp32", "--vram-rounds=30", "--vram-resume")
+    result.assert_outcomes(passed=2)
+    whole = run_of(project, "cpu")
+    assert whole.complete
+    assert [record.status for record in whole.records] == ["ok", "ok"]
+    assert whole.records[0] == first.records[0]
+    assert run(project, "--vram-device=cpu", "--vram-resume").ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_killing_pytest_loses_the_case_in_flight_alone(
+    project: pytest.Pytester, started: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = started()
+    journal = wait_for(journal_with(project, 1))
+    wait_for(lambda: worker_of(process))
+    processes = descendants(process)
+    process.kill()
+    process.wait()
+    all_gone(processes)
+    assert [record.status for record in read_journal(journal).records] == ["ok"]
+    result = run(project, "--vram-device=cpu", "--vram-optimizations=fp32", "--vram-rounds=30", "--vram-resume")
+    result.assert_outcomes(passed=2)
+    assert run_of(project, "cpu").complete
+
+
+def test_a_killed_worker_costs_its_own_case(
+    project: pytest.Pytester, started: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = started()
+    worker = wait_for(lambda: worker_of(process))
+    worker.kill()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "killed by signal 9" in output
+    assert [record.status for record in run_of(project, "cpu").records] == ["error", "ok"]
