@@ -62,7 +62,6 @@ class SweepSession(Watcher):
         self.planned: list[Plan] = []
         self.finished: list[Record] = []
         self.began = self.case_began = time.monotonic()
-        self.import_s = 0.0
         self.run_path: Path | None = None
         self._plans: dict[Path, list[Plan]] = {}
         self._wanting_estimate: set[Case] = set()
@@ -149,7 +148,6 @@ class SweepSession(Watcher):
         except BaseException:
             self.abandon()
             raise
-        self.import_s = self.machine.starter.import_s
         known = self.journal.records if self.journal else {}
         wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
         if options.device != "cpu":

@@ -1,5 +1,6 @@
 """What the workers of these tests do; `module:function` names a task, the job says the rest. Imports no torch."""
 
+import json
 import os
 import signal
 import subprocess
@@ -72,19 +73,25 @@ def die(job: Message, reporter: Reporter) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def script_of(job: Message) -> dict[str, Any]:
+    """What a test wants of its worker: JSON in the model's `pipeline_arguments`, which travel with every job."""
+    script: dict[str, Any] = json.loads(job["model"]["pipeline_arguments"]["script"])
+    return script
+
+
 def blow(job: Message, reporter: Reporter) -> None:
-    """Raise what `raises` in the model's `pipeline_arguments` says, after loading."""
+    """Raise what `raises` in the script says, after loading."""
     reporter.send("phase", phase="load")
     reporter.send("phase", phase="warm-up")
-    raise ValueError(job["model"]["pipeline_arguments"]["raises"])
+    raise ValueError(script_of(job)["raises"])
 
 
 def generate(job: Message, reporter: Reporter) -> None:
-    """The messages of generation.py with no pipeline; the model's `pipeline_arguments` say what differs.
+    """The messages of generation.py with no pipeline; the script says what differs.
 
     `failed` holds the fields of a failure, `done` those that replace the figures below.
     """
-    script = job["model"]["pipeline_arguments"]
+    script = script_of(job)
     figures: dict[str, Any] = {
         "load_s": 0.5,
         "cold_s": 2.0,

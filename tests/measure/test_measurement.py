@@ -1,5 +1,6 @@
 """One case through measure(), with workers that speak the protocol and hold no pipeline, and a GPU that is played."""
 
+import json
 import math
 import os
 import re
@@ -158,7 +159,7 @@ class Stage:
             limit_bytes=None if limit_mib is None else limit_mib * MIB,
         )
         chosen = Settings(**{"task": f"tests.measure.tasks:{task}", "timeout_s": 20.0, **settings})
-        model = TINY.model_copy(update={"pipeline_arguments": script})
+        model = TINY.model_copy(update={"pipeline_arguments": {"script": json.dumps(script)}})
         record = measure(case, model, self.machine, chosen, self.story)
         assert (record.id, record.case, record.method) == (case.id, case, "measured")
         assert not any(psutil.pid_exists(pid) for pid in self.starter.pids)
@@ -367,9 +368,9 @@ def test_folders_are_cut_from_what_a_worker_says(cpu: Stage, task: str) -> None:
         ({"alloc_retries": -1}, "alloc_retries"),
         ({"phase_peaks": {"denoise": -5}}, "allocated_peak_bytes"),
         ({"rounds": []}, "no rounds"),
-        ({"rounds": [{**ROUND, "denoise": -2.0}]}, "rounds_s"),
+        ({"rounds": [{**ROUND, "denoise": -2.0}]}, "rounds_s|time_s"),
         ({"rounds": [dict.fromkeys(ROUND, 0.0)]}, "rounds_s"),
-        ({"rounds": [{**ROUND, "denoise": math.nan}]}, "rounds_s"),
+        ({"rounds": [{**ROUND, "denoise": math.nan}]}, "rounds_s|time_s"),
         ({"cold_s": 0.0}, "cold_s"),
         ({"load_s": -1.0}, "load_s|time_s"),
     ],

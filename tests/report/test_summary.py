@@ -80,7 +80,7 @@ def test_at_most_100_columns(changes: dict[str, Any]) -> None:
 
 def test_a_long_id_is_folded_not_cut() -> None:
     name = "+".join(f"optimization_{n}" for n in range(12))
-    folded = "".join(first_column(record(id=f"sdxl/{name}/1024x1024/b1")))
+    folded = "".join(first_column(record(case={"optimizations": name.split("+")})))
     assert folded == f"sdxl{name} 1024x1024 b1"
 
 
@@ -100,7 +100,6 @@ def test_models_are_headings_with_their_aliases() -> None:
 @pytest.mark.parametrize("name", ["test_unet[fp16]", "[/b]"])
 def test_brackets_are_text(name: str) -> None:
     assert first_column(record(case={"model": name})) == [name, "fp16 1024x1024 b1"]
-    assert first_column(record(id="sdxl/[b]/8x8/b1")) == ["sdxl", "[b] 8x8 b1"]
 
 
 @pytest.mark.parametrize(

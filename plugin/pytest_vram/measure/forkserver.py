@@ -80,10 +80,9 @@ class Worker:
 
 
 class Starter(Protocol):
-    """What starts workers; `import_s` is how long its imports took, once."""
+    """What starts workers."""
 
     name: str
-    import_s: float
 
     def start(self, task: str, environ: Mapping[str, str]) -> Worker: ...
 
@@ -131,7 +130,6 @@ class ForkServer:
         if ready is None or "error" in ready:
             self.close()
             raise StartError(f"the fork server could not import what it needs: {(ready or {}).get('error', 'timeout')}")
-        self.import_s = float(ready["seconds"])
 
     def start(self, task: str, environ: Mapping[str, str]) -> Worker:
         """A new worker; its job goes over its channel."""
@@ -177,7 +175,6 @@ class Spawner:
     """Workers that each import everything anew: where a forked process cannot use the GPU."""
 
     name = "spawn"
-    import_s = 0.0
 
     def __init__(self) -> None:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}

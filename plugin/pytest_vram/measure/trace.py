@@ -86,7 +86,7 @@ class Trace(TorchDispatchMode):
     """Executes operators on meta and real tensors mixed, and records the births and deaths of storages as events."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.count = self.live = self.peak = 0
         self.workspaces = 0

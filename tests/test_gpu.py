@@ -1,0 +1,169 @@
+"""What only a real GPU shows; `pytest -m gpu` on a machine that has one."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pytest_vram.cases.models import read_models
+from pytest_vram.measure import machine, nvml
+from pytest_vram.records.files import read_journal, read_run
+from pytest_vram.records.schema import Record, Run
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[1]
+MIB = 1 << 20
+SD15 = "stable-diffusion-v1-5/fp16/512x512/b1"
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> nvml.Gpu:
+    try:
+        return nvml.gpus()[0]
+    except nvml.NvmlUnavailable as error:
+        pytest.skip(str(error))
+
+
+def command(results: Path, *options: str) -> list[str]:
+    fixed = ["--gpu", "--vram-sweep=smoke", "-k", "stable-diffusion-v1-5/fp16/512x512", "--vram-rounds=5"]
+    return [sys.executable, "-m", "pytest", "bench", *fixed, f"--vram-results={results}", *options]
+
+
+def run(results: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command(results, *options), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def only_run(results: Path) -> Run:
+    (path,) = results.glob("*/*.json")
+    return read_run(path)
+
+
+def only_record(results: Path) -> Record:
+    (record,) = only_run(results).records
+    return record
+
+
+def is_idle(gpu: nvml.Gpu, before: int) -> None:
+    """Wait until the GPU holds what it held before, and no process."""
+    deadline = time.monotonic() + 5
+    while gpu.processes() or (gpu.used_bytes() or 0) > before + MIB:
+        assert time.monotonic() < deadline, (gpu.processes(), gpu.used_bytes(), before)
+        time.sleep(0.02)
+
+
+def test_a_case_is_measured_whole(gpu: nvml.Gpu, tmp_path: Path) -> None:
+    result = run(tmp_path / "results", f"--vram-save-images={tmp_path / 'images'}")
+    assert result.returncode == 0, result.stdout
+    record = only_record(tmp_path / "results")
+    memory = record.memory
+    assert record.id == SD15
+    assert record.status == "ok"
+    weights, allocated, reserved = memory.weights_bytes, memory.allocated_peak_bytes, memory.reserved_peak_bytes
+    assert weights
+    assert allocated
+    assert reserved
+    assert memory.nvml_process_peak_bytes
+    assert weights < allocated < reserved < memory.nvml_process_peak_bytes
+    assert (memory.context_bytes or 0) > 100 * MIB
+    assert memory.estimated_allocated_peak_bytes == pytest.approx(allocated, rel=0.01)
+    assert memory.need_bytes is None
+    assert set(record.phases) == {"load", "encode", "denoise", "decode"}
+    assert max(cost.allocated_peak_bytes or 0 for cost in record.phases.values()) == allocated
+    assert [state.sm_clock_mhz for state in record.telemetry.rounds if state.sm_clock_mhz]
+    assert len(record.telemetry.rounds) == len(record.time.workers[0].rounds_s) == 5
+    assert (record.time.cold_s or 0) > (record.time.median_s or 0)
+    assert len(list((tmp_path / "images").glob("*.png"))) == 1
+
+
+def test_a_limit_is_what_a_smaller_card_would_do(tmp_path: Path) -> None:
+    assert run(tmp_path / "small", "--vram-limit=2GiB").returncode == 0
+    failure = only_record(tmp_path / "small").failure
+    assert failure
+    assert failure.limit_bytes == 2 << 30
+    assert failure.phase == "load"
+    assert failure.requested_bytes
+    assert run(tmp_path / "enough", "--vram-limit=3500MiB").returncode == 0
+    enough = only_record(tmp_path / "enough")
+    assert enough.status == "ok"
+    assert (enough.memory.nvml_process_peak_bytes or 0) <= 3500 * MIB
+
+
+@pytest.mark.parametrize("who", ["Ctrl-C", "pytest", "worker"])
+def test_whoever_dies_leaves_no_process_and_no_gpu_memory(gpu: nvml.Gpu, tmp_path: Path, who: str) -> None:
+    before = gpu.used_bytes() or 0
+    arguments = [*command(tmp_path, "--vram-steps=200"), "--vram-timeout=100"]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + PATIENCE_S
+    while not any((used or 0) > 2000 * MIB for used in gpu.processes().values()):
+        assert time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = gpu.processes()
+    if who == "worker":
+        psutil.Process(worker).kill()
+    else:
+        process.send_signal(signal.SIGINT if who == "Ctrl-C" else signal.SIGKILL)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    is_idle(gpu, before)
+    assert not psutil.wait_procs(family, timeout=3)[1]
+    if who == "pytest":
+        (journal,) = tmp_path.glob("*/*.jsonl")
+        assert read_journal(journal).records == []
+    else:
+        assert process.returncode == (2 if who == "Ctrl-C" else 1), output
+        message = only_record(tmp_path).failure
+        assert message
+        assert message.message.startswith("interrupted" if who == "Ctrl-C" else "the worker was killed by signal 9")
+
+
+@pytest.fixture
+def neighbour() -> Iterator[None]:
+    """Another process that uses the GPU."""
+    code = "import torch, time; x = torch.zeros(1 << 28, device='cuda'); print('there', flush=True); time.sleep(300)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline().strip() == "there"
+    yield
+    process.kill()
+    process.wait()
+
+
+def test_a_shared_gpu_is_refused_or_said(neighbour: None, tmp_path: Path) -> None:
+    refused = run(tmp_path / "refused")
+    assert refused.returncode == 4
+    assert "--vram-allow-shared" in refused.stderr
+    assert not (tmp_path / "refused").exists()
+    assert run(tmp_path / "allowed", "--vram-allow-shared").returncode == 0
+    record = only_record(tmp_path / "allowed")
+    assert record.disturbed
+    assert (record.memory.nvml_device_peak_bytes or 0) < 5 << 30
+
+
+def test_workers_are_spawned_where_the_fork_server_has_spoilt_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the variable, importing diffusers initialises CUDA, and no forked child can use it."""
+    monkeypatch.setattr("pytest_vram.measure.forkserver.PRELOAD_ENVIRON", {"PYTORCH_NVML_BASED_CUDA_CHECK": "0"})
+    models = [read_models()["stable-diffusion-v1-5"]]
+    found = machine.start_machine("cuda", models, allow_shared=False, name_host=False, say=print)
+    assert found.starter.name == "spawn"
+    assert found.context_bytes > 100 * MIB
+    found.close()
+
+
+def test_doctor_finds_nothing_missing() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest_vram.cli", "doctor", "--json"],
+        cwd=ROOT / "plugin",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    assert all(finding["verdict"] != "missing" for finding in json.loads(result.stdout))
