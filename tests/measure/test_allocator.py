@@ -117,10 +117,10 @@ def test_segments_do_not_merge_and_pools_do_not_lend() -> None:
 
 def test_empty_cache_gives_back_whole_segments_only() -> None:
     allocator = Allocator()
-    kept, freed = allocator.malloc(5 * MIB), allocator.malloc(5 * MIB)
+    front, kept, behind = [allocator.malloc(5 * MIB) for _ in range(3)]
     own, small = allocator.malloc(12 * MIB), allocator.malloc(512)
     assert allocator.reserved == (20 + 12 + 2) * MIB
-    for block in (freed, own, small):
+    for block in (front, behind, own, small):
         allocator.release(block)
     allocator.empty_cache()
     assert held(allocator) == (5, 20)
@@ -143,6 +143,14 @@ def test_the_cap_is_met_exactly_and_the_cache_is_flushed_before_it_is_missed() -
     allocator.malloc(512)  # the 12 MiB are flushed
     assert allocator.reserved == 20 * MIB
     assert allocator.reserved_peak == 30 * MIB
+
+
+@pytest.mark.parametrize(("cap", "reserved"), [(32, 32), (31, 20)])
+def test_the_cache_is_flushed_only_when_it_must_be(cap: int, reserved: int) -> None:
+    allocator = Allocator(cap * MIB)
+    allocator.release(allocator.malloc(12 * MIB))
+    allocator.malloc(20 * MIB)
+    assert held(allocator) == (20, reserved)
 
 
 def test_a_used_part_of_a_segment_keeps_all_of_it_from_the_flush() -> None:
