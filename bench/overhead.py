@@ -87,7 +87,7 @@ def _measured(ids: Sequence[tuple[str, int, int, int]], run: Callable[..., None]
 
 def sampling() -> None:
     """One worker; NVML is read in every other round. GPU-bound and CPU-bound cases."""
-    from pytest_vram.measure.measurement import Settings, Watcher, measure
+    from pytest_vram.measure.measurement import Settings, measure
 
     class Switched:
         """A GPU that is not asked while it is off."""
@@ -107,22 +107,19 @@ def sampling() -> None:
         def state(self) -> Any:
             return self.gpu.state() if self.on else OFF
 
-    class Switch(Watcher):
-        def __init__(self, gpu: Switched) -> None:
-            self.gpu = gpu
-
-        def progress(self, text: str) -> None:
-            if text.startswith("round "):
-                self.gpu.on = int(text.split()[1]) % 2 == 0  # the rounds numbered 0, 2, … are sampled
-
     from pytest_vram.measure.nvml import State
 
     OFF = State(None, None, None, ())
 
     def run(case: Any, models: Any, machine: Any) -> None:
-        gpu, rounds = machine.gpu, 2 * ALTERNATIONS * (5 if case.batch_size == 1 else 1)
-        machine.gpu = Switched(gpu)
-        record = measure(case, models[case.model], machine, Settings(rounds=rounds), Switch(machine.gpu))
+        gpu, rounds = machine.gpu, 2 * ALTERNATIONS * (3 if case.batch_size == 1 else 1)
+        machine.gpu = switched = Switched(gpu)
+
+        def switch(progress: str) -> None:
+            if progress.startswith("round "):
+                switched.on = int(progress.split()[1]) % 2 == 0  # the rounds numbered 0, 2, … are sampled
+
+        record = measure(case, models[case.model], machine, Settings(rounds=rounds), switch)
         machine.gpu = gpu
         times = record.time.workers[0].rounds_s
         ratios = [on / off for on, off in zip(times[::2], times[1::2], strict=True)]
@@ -136,44 +133,8 @@ def sampling() -> None:
     _measured([("stable-diffusion-v1-5", 1024, 4, 8), ("sdxl", 1024, 4, 8), ("stable-diffusion-v1-5", 512, 1, 8)], run)
 
 
-def estimates() -> None:
-    """Fresh workers in turn; the estimates of ten other cases run beside every other one."""
-    from pytest_vram.measure.estimates import Estimates
-    from pytest_vram.measure.measurement import Settings, Watcher, measure
-
-    class Beside(Watcher):
-        def __init__(self, background: Estimates | None) -> None:
-            self.background = background
-
-        def idle(self) -> None:
-            if self.background:
-                self.background.poll()
-
-        def timing(self, on: bool) -> None:
-            if self.background:
-                self.background.pause(on)
-
-    def run(case: Any, models: Any, machine: Any) -> None:
-        measure(case, models[case.model], machine, Settings(rounds=5), Watcher())
-        found: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
-        for turn in range(6):
-            beside = turn % 2 == 0
-            others = [case.model_copy(update={"batch_size": n}) for n in range(2, 12)]
-            background = Estimates(others, models, machine.starter, measuring=True) if beside else None
-            record = measure(case, models[case.model], machine, Settings(rounds=5), Beside(background))
-            if background:
-                background.close()
-            load = record.phases["load"].time_s or 0.0
-            found[beside].append((load, record.time.cold_s or 0.0, record.time.median_s or 0.0))
-        for name, index in (("load", 0), ("cold", 1), ("median round", 2)):
-            with_it, without = (statistics.median(times[index] for times in found[side]) for side in (True, False))
-            print(f"{case.id}: {name} {with_it:.3f} s beside estimates, {without:.3f} s alone: {with_it / without:.3f}")
-
-    _measured([("stable-diffusion-v1-5", 512, 1, 8), ("sdxl", 1024, 1, 8)], run)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"plugin": plugin, "collection": collection, "sampling": sampling, "estimates": estimates}
+    parts = {"plugin": plugin, "collection": collection, "sampling": sampling}
     parser.add_argument("part", choices=list(parts))
     parts[parser.parse_args().part]()

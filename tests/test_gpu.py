@@ -133,7 +133,7 @@ def neighbour() -> Iterator[None]:
     assert process.stdout.readline().strip() == "there"
     yield
     process.kill()
-    process.wait()
+    process.communicate()
 
 
 def test_a_shared_gpu_is_refused_or_said(neighbour: None, tmp_path: Path) -> None:

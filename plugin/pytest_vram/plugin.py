@@ -295,11 +295,7 @@ class Manager:
     def pytest_sessionfinish(self) -> None:
         if self.session is None:
             return
-        try:
-            self.session.finish(self.interrupted)
-        except KeyboardInterrupt:
-            self.session.close()
-            raise
+        self.session.finish(self.interrupted)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         session = self.session

@@ -13,7 +13,7 @@ from pytest_vram.errors import UsageError
 from pytest_vram.measure import environment
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.machine import Device, Machine, start_machine
-from pytest_vram.measure.measurement import Settings, Watcher, measure
+from pytest_vram.measure.measurement import Settings, measure
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
 from pytest_vram.records.schema import Record, Run
@@ -48,7 +48,7 @@ class Plan:
     model: Model
 
 
-class SweepSession(Watcher):
+class SweepSession:
     """Plans the cases, measures or estimates each when its turn comes, and keeps what was found.
 
     `say` shows a passing line of progress; `root` is the folder whose commit the run names.
@@ -64,7 +64,6 @@ class SweepSession(Watcher):
         self.began = self.case_began = time.monotonic()
         self.run_path: Path | None = None
         self._plans: dict[Path, list[Plan]] = {}
-        self._wanting_estimate: set[Case] = set()
 
     # Collection
 
@@ -151,8 +150,9 @@ class SweepSession(Watcher):
         known = self.journal.records if self.journal else {}
         wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
         if options.device != "cpu":
-            measuring = options.device == "cuda"
-            self.estimates = Estimates(wanted, models, self.machine.starter, measuring=measuring)
+            self.estimates = Estimates(wanted, models, self.machine.starter)
+        if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
+            self.estimates.finish(options.settings.timeout_s, self.say)
         self.began = time.monotonic()
 
     def open_journal(self, facts: dict[str, Any]) -> Journal:
@@ -202,16 +202,14 @@ class SweepSession(Watcher):
         if self.options.device == "meta":
             return self._estimate(plan)
         try:
-            record = measure(plan.case, plan.model, self.machine, self.options.settings, self)
+            record = measure(plan.case, plan.model, self.machine, self.options.settings, self.say)
         except KeyboardInterrupt as interrupt:
             if self.journal and interrupt.args:
                 self.journal.add(interrupt.args[0])
             raise
-        if self.estimates:
-            if record.status == "skipped":
-                self.estimates.drop(plan.case)
-            else:
-                self._wanting_estimate.add(plan.case)
+        if self.estimates and record.status != "skipped":
+            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
+            record = with_estimate(record, outcome)
         return record
 
     def _estimate(self, plan: Plan) -> Record:
@@ -236,42 +234,11 @@ class SweepSession(Watcher):
         done = len(self.finished)
         return (time.monotonic() - self.began) / done * (len(self.planned) - done) if done else 0.0
 
-    # What goes on during a case
-
-    def progress(self, text: str) -> None:
-        self.say(text)
-
-    def idle(self) -> None:
-        if self.estimates and self.estimates.poll():
-            self._amend()
-
-    def timing(self, on: bool) -> None:
-        if self.estimates:
-            self.estimates.pause(on)
-
-    def _amend(self) -> None:
-        """Put finished estimates beside the measurements they belong to."""
-        assert self.estimates is not None
-        assert self.journal is not None
-        for case in list(self._wanting_estimate):
-            record = self.journal.records.get(case.id)
-            if record is not None and self.estimates.is_done(case):
-                outcome, _ = self.estimates.result(case, self.options.settings.timeout_s)
-                self.journal.add(with_estimate(record, outcome))
-                self._wanting_estimate.discard(case)
-
     # The end
 
     def finish(self, interrupted: bool) -> None:
-        """Wait for the last estimates, write the run file, and leave no process behind."""
-        try:
-            if self.journal and self._wanting_estimate and self.estimates and not interrupted:
-                self.say(f"finishing {len(self._wanting_estimate)} estimates")
-                for case in list(self._wanting_estimate):
-                    self.estimates.result(case, self.options.settings.timeout_s)
-                self._amend()
-        finally:
-            self.close()
+        """Leave no process behind, and write the run file."""
+        self.close()
         if self.journal is None:
             return
         if not self.journal.records:

@@ -21,13 +21,14 @@ from pytest_vram.measure.forkserver import TAIL_BYTES, ForkServer, Spawner, Star
 
 TASKS = "tests.measure.tasks"
 PARENT = """
-import json, sys, time
+import json, os, signal, sys, time
 from pytest_vram.measure.forkserver import ForkServer, Spawner
 starter = ForkServer(["json"]) if sys.argv[1] == "fork" else Spawner()
 worker = starter.start("tests.measure.tasks:sleep", {})
 worker.channel.send({})
 server = worker.channel.receive(20)["parent"]
-worker.pause(sys.argv[2] == "paused")
+if sys.argv[2] == "stopped":
+    os.kill(worker.pid, signal.SIGSTOP)
 print(json.dumps([worker.pid, server]), flush=True)
 time.sleep(60)
 """
@@ -117,16 +118,6 @@ def test_a_worker_is_deaf_to_ctrl_c(starter: Starter) -> None:
         assert heard(worker)["message"] == {"n": 2}
 
 
-def test_a_paused_worker_goes_on_where_it_was(starter: Starter) -> None:
-    with working(starter, "echo", {"n": 1}) as worker:
-        heard(worker)
-        worker.pause(True)
-        worker.channel.send({"n": 2})
-        assert worker.channel.receive(0.1) is None
-        worker.pause(False)
-        assert heard(worker)["message"] == {"n": 2}
-
-
 # How it ends
 
 
@@ -197,7 +188,7 @@ def test_a_worker_ends_when_its_channel_does_and_the_others_go_on(starter: Start
         assert heard(other)["message"] == {"still": "there"}
 
 
-@pytest.mark.parametrize("state", ["running", "paused"])
+@pytest.mark.parametrize("state", ["running", "stopped"])
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_nothing_outlives_a_killed_parent(start: str, state: str, tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}

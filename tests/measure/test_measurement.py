@@ -18,7 +18,8 @@ from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
 from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
 from pytest_vram.measure.machine import Device, Machine
-from pytest_vram.measure.measurement import Settings, Watcher, measure
+from pytest_vram.measure.measurement import Settings, measure
+from pytest_vram.measure.sampling import Sampler
 from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Time
 from tests.measure.tasks import MIB, ROUND
 
@@ -105,21 +106,17 @@ class Card(nvml.Gpu):
         return nvml.State(1980, 60, 300.0, tuple(throttle))
 
 
-class Story(Watcher):
+class Story:
     """Remembers what it is told, and tells the card when a round is over."""
 
     def __init__(self, card: Card | None = None) -> None:
         self.card = card
         self.texts: list[str] = []
-        self.timed: list[bool] = []
 
-    def progress(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.texts.append(text)
         if self.card:
             self.card.rounds_over = int(text.split()[1]) if text.startswith("round ") else 0
-
-    def timing(self, on: bool) -> None:
-        self.timed.append(on)
 
     @property
     def caps(self) -> list[str]:
@@ -160,7 +157,7 @@ class Stage:
         )
         chosen = Settings(**{"task": f"tests.measure.tasks:{task}", "timeout_s": 20.0, **settings})
         model = TINY.model_copy(update={"pipeline_arguments": {"script": json.dumps(script)}})
-        record = measure(case, model, self.machine, chosen, self.story)
+        record = measure(case, model, self.machine, chosen, self.story.say)
         assert (record.id, record.case, record.method) == (case.id, case, "measured")
         assert not any(psutil.pid_exists(pid) for pid in self.starter.pids)
         return record
@@ -212,7 +209,6 @@ def test_a_case_on_the_gpu(cuda: Stage) -> None:
     assert [r.sm_clock_mhz for r in record.telemetry.rounds] == [1980] * 3
     assert cuda.story.caps == ["cap None"]
     assert cuda.story.texts[-1] == "round 3 of 3"
-    assert cuda.story.timed == [True, False]
 
 
 def test_times_are_medians_of_the_rounds(cuda: Stage) -> None:
@@ -293,7 +289,6 @@ def test_a_worker_that_hangs(cpu: Stage) -> None:
     record = cpu.measure("sleep", settings={"timeout_s": 0.2})
     assert record.status == "timeout"
     assert failure_of(record) == Failure(phase="load", message="no result within 0.2 s in load (--vram-timeout)")
-    assert cpu.story.timed[-1] is False
 
 
 def test_a_worker_that_cannot_be_started(cpu: Stage) -> None:
@@ -326,15 +321,15 @@ def test_a_failure_ends_the_case_whatever_workers_are_left(cuda: Stage) -> None:
     assert len(cuda.starter.pids) == 1
 
 
-@pytest.mark.parametrize("moment", ["idle", "progress"])
+@pytest.mark.parametrize("moment", [(Story, "say"), (Sampler, "sample")], ids=["while it talks", "while it is silent"])
 def test_ctrl_c_leaves_no_worker_and_carries_the_record(
-    cpu: Stage, moment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cpu: Stage, moment: tuple[type, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupt(*_: str) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(cpu.story, moment, interrupt)
+    monkeypatch.setattr(*moment, interrupt)
     with pytest.raises(KeyboardInterrupt) as caught:
         cpu.measure("sleep")
     record: Record = caught.value.args[0]
@@ -342,7 +337,6 @@ def test_ctrl_c_leaves_no_worker_and_carries_the_record(
     assert len(cpu.starter.pids) == 1
     assert not psutil.pid_exists(cpu.starter.pids[0])
     assert list(tmp_path.iterdir()) == []
-    assert cpu.story.timed == [False]
 
 
 @pytest.mark.parametrize("task", ["blow", "generate"])

@@ -117,6 +117,8 @@ class Allocator:
         small = size <= SMALL
         pool = self.pools[small]
         at = bisect_left(pool, (size,))
+        if self.expandable and at + 1 < len(pool) and pool[at][2] is self.tails.get(small):
+            at += 1  # the block that can still grow counts as the largest
         block = pool.pop(at)[2] if at < len(pool) else self._segment(size, small)
         rest = block.size - size
         if rest >= ROUNDING if small or self.expandable else rest > SMALL:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,5 +81,5 @@ def without_paths(text: str) -> str:
     homes = {str(Path.home()): "~", tempfile.gettempdir(): "<tmp>", sys.prefix: "<python>", sys.base_prefix: "<python>"}
     for folder in sorted(homes, key=len, reverse=True):
         if len(folder) > 1:
-            text = text.replace(folder, homes[folder])
+            text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w-])", homes[folder].replace("\\", "/"), text)
     return text

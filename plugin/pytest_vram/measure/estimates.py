@@ -1,10 +1,10 @@
-"""Estimates made in the background, one worker each, ahead of the cases that want them."""
+"""Estimates: one worker a case, a few at a time."""
 
 import os
 import select
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pytest_vram.cases.case import Case
@@ -20,46 +20,35 @@ ESTIMATE = "pytest_vram.measure.probes:estimate"
 # What a process holds outside PyTorch's allocator: 686 MiB for Stable Diffusion on an H100 with CUDA 13; it differs by
 # card and driver, so the estimate's `required` takes a rounder, larger figure.
 ASSUMED_CONTEXT_BYTES = 768 << 20
+MOST_WORKERS = 8  # each holds up to 1.5 GB of host memory
 
 
 class Estimates:
-    """A few workers that simulate the cases in order, while the caller does something else.
+    """As many workers as there are CPUs, at most eight, that simulate the cases in order.
 
-    `poll` never waits; `result` does. Paused workers take no CPU time from a case that is being timed.
+    `finish` has them all done before anything is timed; `result` waits for one, while the others go on.
     """
 
-    def __init__(self, cases: Iterable[Case], models: dict[str, Model], starter: Starter, *, measuring: bool) -> None:
+    def __init__(self, cases: Iterable[Case], models: dict[str, Model], starter: Starter) -> None:
         self._waiting = deque(case for case in cases if impossible(case.optimizations, "meta") is None)
         self._models, self._starter = models, starter
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._width = max(1, min(4, cpus // 4)) if measuring else max(1, min(8, cpus))
+        self._width = min(MOST_WORKERS, cpus)
         self._running: dict[Case, tuple[Worker, float]] = {}
         self._done: dict[Case, tuple[Message, float]] = {}
-        self._paused = False
 
-    def pause(self, paused: bool) -> None:
-        """Stop the workers' clocks, or let them go on."""
-        self._paused = paused
-        for worker, _ in self._running.values():
-            worker.pause(paused)
-
-    def poll(self) -> list[Case]:
-        """Take in what is finished, start what waits; the cases that finished now."""
-        if self._paused:
-            return []
+    def _poll(self) -> None:
+        """Take in what is finished, start what waits."""
         ready: list[Any] = []
         if self._running:
             ready = select.select([worker.channel for worker, _ in self._running.values()], [], [], 0)[0]
-        finished = []
         for case, (worker, began) in list(self._running.items()):
             if worker.channel in ready:
                 self._done[case] = self._read(worker), time.monotonic() - began
                 worker.kill()
                 del self._running[case]
-                finished.append(case)
         while self._waiting and len(self._running) < self._width:
             self._start(self._waiting.popleft())
-        return finished
 
     def _start(self, case: Case) -> None:
         try:
@@ -92,7 +81,7 @@ class Estimates:
             self._waiting.remove(case)
             self._waiting.appendleft(case)
         while case not in self._done:
-            self.poll()
+            self._poll()
             if case in self._done:
                 break
             if time.monotonic() > deadline:
@@ -104,14 +93,12 @@ class Estimates:
             select.select(channels, [], [], min(0.5, max(0.0, deadline - time.monotonic())))
         return self._done[case]
 
-    def is_done(self, case: Case) -> bool:
-        """Whether `result` would not wait."""
-        return case in self._done
-
-    def drop(self, case: Case) -> None:
-        """Nobody will ask for this case."""
-        if case in self._waiting:
-            self._waiting.remove(case)
+    def finish(self, timeout_s: float, say: Callable[[str], None]) -> None:
+        """Have every case estimated, or timed out."""
+        cases = [*self._running, *self._waiting]
+        for number, case in enumerate(cases, 1):
+            say(f"estimating {number} of {len(cases)}: {case.id}")
+            self._done[case] = self.result(case, timeout_s)
 
     def close(self) -> None:
         self._waiting.clear()

@@ -62,11 +62,6 @@ class Worker:
             self._returncode = self._starter.wait(self.pid, timeout_s)
         return self._returncode
 
-    def pause(self, paused: bool) -> None:
-        """Stop the worker's clock, or let it go on."""
-        with contextlib.suppress(OSError):
-            os.kill(self.pid, signal.SIGSTOP if paused else signal.SIGCONT)
-
     def output_tail(self) -> str:
         """The end of what the worker wrote to stdout and stderr."""
         with contextlib.suppress(OSError), self.output.open("rb") as file:
@@ -127,6 +122,10 @@ class ForkServer:
             ready = self._channel.receive(PRELOAD_TIMEOUT_S)
         except Closed:
             ready = {"error": f"it ended: {_tail(self._output)}"}
+        except BaseException:
+            self._process.kill()
+            self.close()
+            raise
         if ready is None or "error" in ready:
             self.close()
             raise StartError(f"the fork server could not import what it needs: {(ready or {}).get('error', 'timeout')}")
@@ -143,8 +142,10 @@ class ForkServer:
             while (message := self._receive(60)) is None or "started" not in message:
                 if message is None:
                     raise StartError("the fork server does not answer")
-        except (OSError, Closed) as error:
-            raise StartError(f"the fork server is gone: {_tail(self._output)}") from error
+        except (OSError, Closed, StartError) as error:
+            ours.close()
+            output.unlink(missing_ok=True)
+            raise StartError(f"the fork server is gone or does not answer: {_tail(self._output)}") from error
         return Worker(int(message["started"]), Channel(ours), output, self)
 
     def _receive(self, timeout_s: float) -> Message | None:
@@ -191,15 +192,20 @@ class Spawner:
             task,
             json.dumps(dict(environ)),
         ]
-        with theirs, os.fdopen(fd) as file:
-            process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
+        try:
+            with theirs, os.fdopen(fd) as file:
+                process = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            output.unlink(missing_ok=True)
+            raise StartError(f"no worker could be started: {error}") from error
         self._processes[process.pid] = process
         return Worker(process.pid, Channel(ours), output, self)
 
@@ -292,6 +298,8 @@ class _Server:
             self.channel.send({"exited": pid, "returncode": os.waitstatus_to_exitcode(status)})
 
     def fork(self, request: dict[str, Any], fd: int) -> None:
+        sys.stdout.flush()  # what an import printed is no worker's output
+        sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
             self.child(request, fd)
@@ -316,7 +324,9 @@ class _Server:
             run(socket.socket(fileno=fd), request["task"], request["environ"])
             code = 0
         except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
         finally:

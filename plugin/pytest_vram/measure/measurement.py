@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ class Settings:
     """How to measure; seconds. `interval_s` None turns sampling off, to see what it costs."""
 
     rounds: int | None = None
-    round_budget_s: float = 4.0
+    round_budget_s: float = 3.0
     timeout_s: float = 600.0
     save_images: str | None = None
     workers: int = 1
@@ -48,17 +49,8 @@ class Settings:
     task: str = GENERATION
 
 
-class Watcher:
-    """Told what goes on while a case runs; the session shows it and lets estimates use the time between rounds."""
-
-    def progress(self, text: str) -> None:
-        """What the worker does now."""
-
-    def idle(self) -> None:
-        """Called every few milliseconds while nothing is timed."""
-
-    def timing(self, on: bool) -> None:
-        """Rounds are being timed from now on, or no longer."""
+Say = Callable[[str], None]
+"""Told what the worker does now, for a line of progress."""
 
 
 @dataclass
@@ -73,7 +65,7 @@ class _Run:
     seconds: float = 0.0
 
 
-def measure(case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher) -> Record:
+def measure(case: Case, model: Model, machine: Machine, settings: Settings, say: Say) -> Record:
     """Measure one case; whatever goes wrong in its worker is part of the record.
 
     A KeyboardInterrupt kills the worker and is raised again, with the record as its argument.
@@ -85,7 +77,7 @@ def measure(case: Case, model: Model, machine: Machine, settings: Settings, watc
     runs: list[_Run] = []
     try:
         for _ in range(settings.workers):
-            run = _limited(case, model, machine, settings, watcher)
+            run = _limited(case, model, machine, settings, say)
             runs.append(run)
             if run.outcome["event"] != "done":
                 break
@@ -96,19 +88,19 @@ def measure(case: Case, model: Model, machine: Machine, settings: Settings, watc
     return _record(case, model, machine, runs, time.monotonic() - began, common)
 
 
-def _limited(case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher) -> _Run:
+def _limited(case: Case, model: Model, machine: Machine, settings: Settings, say: Say) -> _Run:
     """One worker; under a limit once more where its context grew beyond what was set aside for it."""
     context = machine.context_bytes
-    run = _one_worker(case, model, machine, settings, watcher, context)
+    run = _one_worker(case, model, machine, settings, say, context)
     grown = run.context or 0
     reserved = run.outcome.get("reserved_peak_bytes") or 0
     if case.limit_bytes and run.outcome["event"] == "done" and grown + reserved > case.limit_bytes:
         machine.context_bytes = max(context, grown)
-        run = _one_worker(case, model, machine, settings, watcher, machine.context_bytes)
+        run = _one_worker(case, model, machine, settings, say, machine.context_bytes)
     return run
 
 
-def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, watcher: Watcher, context: int) -> _Run:
+def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, say: Say, context: int) -> _Run:
     environ = dict(PRELOAD_ENVIRON)
     for optimization in chosen(case.optimizations):
         environ |= optimization.environ
@@ -128,7 +120,7 @@ def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, 
         "save_images": settings.save_images,
     }
     run = _Run({}, sampler)
-    conversation = _Conversation(worker, run, settings, watcher, began + settings.timeout_s)
+    conversation = _Conversation(worker, run, settings, say, began + settings.timeout_s)
     try:
         worker.channel.send(job)
         conversation.hold(case.limit_bytes, context)
@@ -136,7 +128,6 @@ def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, 
         died = _died(worker, conversation.phase)
         run.outcome = {"event": "failed", "status": "error", "phase": conversation.phase, "message": str(died)}
     finally:
-        watcher.timing(False)
         run.output_tail = worker.output_tail()
         worker.kill()
         run.seconds = time.monotonic() - began
@@ -146,8 +137,8 @@ def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, 
 class _Conversation:
     """From the job to the outcome, sampling between the messages."""
 
-    def __init__(self, worker: Worker, run: _Run, settings: Settings, watcher: Watcher, deadline: float) -> None:
-        self.worker, self.run, self.settings, self.watcher = worker, run, settings, watcher
+    def __init__(self, worker: Worker, run: _Run, settings: Settings, say: Say, deadline: float) -> None:
+        self.worker, self.run, self.settings, self.say = worker, run, settings, say
         self.deadline = deadline
         self.phase: str | None = "load"
         self.rounds: int | None = None
@@ -157,11 +148,8 @@ class _Conversation:
         channel, sampler = self.worker.channel, self.run.sampler
         while not self.run.outcome:
             message = channel.receive(self.settings.interval_s or 0.5)
-            timing = self.rounds is not None
             if self.settings.interval_s:
-                sampler.sample(states=timing)
-            if not timing:
-                self.watcher.idle()
+                sampler.sample(states=self.rounds is not None)
             if message is None:
                 if time.monotonic() > self.deadline:
                     self._time_out()
@@ -171,15 +159,14 @@ class _Conversation:
                 channel.send({"cap_bytes": None if limit is None else max(1 << 20, limit - context)})
             elif event == "phase":
                 self.phase = message["phase"] if message["phase"] == "load" else None
-                self.watcher.progress(message["phase"])
+                self.say(message["phase"])
             elif event == "rounds":
                 self.rounds = message["count"]
-                self.watcher.progress(f"{self.rounds} rounds of about {message['pilot_s']:.2f} s")
-                self.watcher.timing(True)
+                self.say(f"{self.rounds} rounds of about {message['pilot_s']:.2f} s")
                 channel.send({})
             elif event == "round":
                 self.run.telemetry.append(sampler.end_round())
-                self.watcher.progress(f"round {message['index'] + 1} of {self.rounds}")
+                self.say(f"round {message['index'] + 1} of {self.rounds}")
             else:
                 self._finish(message)
 
@@ -216,54 +203,58 @@ def _died(worker: Worker, phase: str | None) -> WorkerDied:
 def _record(
     case: Case, model: Model, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]
 ) -> Record:
-    last = runs[-1]
-    outcome = last.outcome
-    wall = Wall(
-        total_s=seconds,
-        load_s=sum(run.outcome.get("load_s", 0.0) for run in runs),
-        warmup_s=sum(run.outcome.get("warmup_s", 0.0) for run in runs),
-        rounds_s=sum(run.outcome.get("rounds_wall_s", 0.0) for run in runs),
-    )
+    """The record; where the figures cannot be true it says so instead of showing them."""
+    try:
+        record = _found(case, model, machine, runs, seconds, common)
+        problem = above_the_card(record, machine.memory_bytes) if machine.memory_bytes else None
+    except ValidationError as error:
+        places = (".".join(str(part) for part in e["loc"]) for e in error.errors())
+        messages = (e["msg"].removeprefix("Value error, ") for e in error.errors())
+        problem = "; ".join(f"{at}: {text}" if at else text for at, text in zip(places, messages, strict=True))
+    if not problem:
+        return record
+    failure = Failure(message=f"impossible figures: {problem}", output_tail=without_paths(runs[-1].output_tail))
+    wall = Wall(total_s=seconds)
+    reason = {"memory": "impossible figures", "time": "impossible figures"}
+    return Record(status="error", failure=failure, wall=wall, unavailable=reason, **common)
+
+
+def _found(
+    case: Case, model: Model, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]
+) -> Record:
+    outcome = runs[-1].outcome
+    done = outcome["event"] == "done"
     memory, unavailable = _memory(machine, runs)
     fields: dict[str, Any] = {
         **common,
-        "status": "ok" if outcome["event"] == "done" else outcome["status"],
+        "status": "ok" if done else outcome["status"],
         "memory": memory,
         "phases": _phases(runs),
         "effects": outcome.get("effects", {}),
-        "telemetry": Telemetry(rounds=last.telemetry),
-        "disturbed": _disturbed(last.sampler),
-        "wall": wall,
+        "telemetry": Telemetry(rounds=[state for run in runs for state in run.telemetry]),
+        "disturbed": _disturbed(runs),
+        "wall": Wall(
+            total_s=seconds,
+            load_s=sum(run.outcome.get("load_s", 0.0) for run in runs),
+            warmup_s=sum(run.outcome.get("warmup_s", 0.0) for run in runs),
+            rounds_s=sum(run.outcome.get("rounds_wall_s", 0.0) for run in runs),
+        ),
     }
-    if outcome["event"] == "done":
+    if done and all(run.outcome["rounds"] for run in runs):
         fields["time"] = _time(case, model, runs)
-        if fields["time"].rounds_discarded == len(last.outcome["rounds"]):
-            fields["disturbed"] = "every round ran on a throttled GPU"
-    else:
+        if fields["time"].rounds_discarded == sum(len(run.outcome["rounds"]) for run in runs):
+            throttled = "every round ran on a throttled GPU"
+            fields["disturbed"] = "; ".join(filter(None, [fields["disturbed"], throttled]))
+    elif not done:
         unavailable["time"] = f"no round was completed: {fields['status']}"
         fields["failure"] = Failure(
             phase=outcome.get("phase"),
             requested_bytes=outcome.get("requested_bytes"),
             limit_bytes=case.limit_bytes or (machine.memory_bytes if outcome["status"] == "oom" else None),
             message=without_paths(outcome["message"])[:2000],
-            output_tail=without_paths(last.output_tail),
+            output_tail=without_paths(runs[-1].output_tail),
         )
-    fields["unavailable"] = unavailable
-    return _possible(fields, machine)
-
-
-def _possible(fields: dict[str, Any], machine: Machine) -> Record:
-    """The record; where its figures cannot be true it says so instead of showing them."""
-    try:
-        record = Record(**fields)
-        problem = above_the_card(record, machine.memory_bytes) if machine.memory_bytes else None
-    except ValidationError as error:
-        problem = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-    if not problem:
-        return record
-    refused = {"memory": Memory(), "time": Time(), "phases": {}, "status": "error"}
-    failure = Failure(message=f"impossible figures: {problem}")
-    return Record(**{**fields, **refused, "failure": failure, "unavailable": {"memory": "impossible figures"}})
+    return Record(unavailable=unavailable, **fields)
 
 
 def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]:
@@ -286,7 +277,8 @@ def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]
     device = max((run.sampler.device_peak or 0 for run in runs), default=0) or None
     context = max((run.context or 0 for run in runs), default=0) or None
     if machine.device == "cpu":
-        for key in ("allocated_peak_bytes", "reserved_peak_bytes", "nvml_process_peak_bytes", "nvml_device_peak_bytes"):
+        counted = ("allocated_peak_bytes", "reserved_peak_bytes", "alloc_retries")
+        for key in (*counted, "nvml_process_peak_bytes", "nvml_device_peak_bytes"):
             unavailable[f"memory.{key}"] = "the CPU has no allocator statistics; host_peak_bytes is the process's RSS"
         unavailable["memory.context_bytes"] = "there is no GPU context on the CPU"
     elif sampler.gpu is not None and process is None:
@@ -309,9 +301,12 @@ def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]
         host_peak_bytes=most("host_peak_bytes"),
         alloc_retries=outcome.get("alloc_retries"),
     )
+    missing = "the worker did not get so far" if outcome["event"] != "done" else "it was not reported"
+    if outcome["event"] == "done" and machine.device != "cpu" and sampler.gpu is None:
+        missing = machine.cannot.get("memory.nvml_process_peak_bytes", "NVML was not sampled")
     for key, value in memory.model_dump().items():
         if value is None and key != "estimated_allocated_peak_bytes":
-            unavailable.setdefault(f"memory.{key}", "the worker did not get so far")
+            unavailable.setdefault(f"memory.{key}", missing)
     return memory, unavailable
 
 
@@ -360,8 +355,8 @@ def _time(case: Case, model: Model, runs: list[_Run]) -> Time:
     )
 
 
-def _disturbed(sampler: Sampler) -> str | None:
-    if not sampler.others:
+def _disturbed(runs: list[_Run]) -> str | None:
+    others = sorted({pid for run in runs for pid in run.sampler.others})
+    if not others:
         return None
-    pids = ", ".join(str(pid) for pid in sorted(sampler.others))
-    return f"other processes used the GPU meanwhile (pid {pids})"
+    return f"other processes used the GPU meanwhile (pid {', '.join(str(pid) for pid in others)})"

@@ -111,10 +111,9 @@ class Gpu:
         """Clock, temperature, power and throttle reasons now."""
         handle = self._handle
         power_mw = _read(pynvml.nvmlDeviceGetPowerUsage, handle)
-        reasons_of = getattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or (
-            pynvml.nvmlDeviceGetCurrentClocksThrottleReasons
-        )
-        reasons = _read(reasons_of, handle) or 0
+        names = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+        answers = (_read(function, handle) for name in names if (function := getattr(pynvml, name, None)))
+        reasons = next((answer for answer in answers if answer is not None), 0)  # an older driver knows the older name
         return State(
             sm_clock_mhz=_read(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
             temperature_c=_read(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),

@@ -1,12 +1,14 @@
 """The process that owns the GPU for one case: what every worker does before and after its task."""
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
 import queue
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,7 +30,9 @@ class Reporter:
                 message = self._channel.receive()
                 if message is not None:
                     self._inbox.put(message)
-        os.kill(os.getpid(), signal.SIGKILL)  # nobody waits for the result: free the GPU now
+        for end in (os.killpg, os.kill):  # nobody waits for the result: free the GPU now
+            with contextlib.suppress(OSError):
+                end(os.getpid(), signal.SIGKILL)
 
     def send(self, event: str, **fields: Any) -> None:
         """Tell the pytest process."""
@@ -66,6 +70,13 @@ def run(sock: socket.socket, task: str, environ: Mapping[str, str]) -> None:
     target(job, reporter)
 
 
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it ends, even while it is stopped or stuck."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+
+
 def main(fd: int, task: str, environ_json: str) -> None:
     """The entry of a spawned worker."""
+    die_with_parent()
     run(socket.socket(fileno=fd), task, json.loads(environ_json))
