@@ -100,7 +100,14 @@ def test_a_limit_is_what_a_smaller_card_would_do(tmp_path: Path) -> None:
 def test_whoever_dies_leaves_no_process_and_no_gpu_memory(gpu: nvml.Gpu, tmp_path: Path, who: str) -> None:
     before = gpu.used_bytes() or 0
     arguments = [*command(tmp_path, "--vram-steps=200"), "--vram-timeout=100"]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + PATIENCE_S
     while not any((used or 0) > 2000 * MIB for used in gpu.processes().values()):
         assert time.monotonic() < deadline, process.communicate()[0]

@@ -1,5 +1,6 @@
 """The plugin as people meet it: pytest is run on a project of one test, with tiny models on the CPU and on meta."""
 
+import contextlib
 import json
 import os
 import signal
@@ -58,6 +59,7 @@ BAD_INPUT = [
         "--vram-optimizations: unknown optimization 'vae_tilling'; did you mean",
     ),
     (["--vram-optimizations=fp32+fp16"], "exactly one of fp32, fp16, bf16, and has fp32 and fp16"),
+    (["--vram-models=,"], "--vram-models: is empty"),
     (["--vram-optimizations=vae_tiling"], "exactly one of fp32, fp16, bf16, and has none"),
     (["--vram-resolutions=33"], "--vram-resolutions: tiny-sd takes multiples of 2 pixels, not 33x33"),
     (["--vram-resolutions=big"], "--vram-resolutions: 'big' is not a resolution"),
@@ -205,7 +207,13 @@ def started(project: pytest.Pytester) -> Iterator[Callable[..., "subprocess.Pope
     def start(*options: str) -> "subprocess.Popen[str]":
         arguments = command("--vram-device=cpu", "--vram-rounds=30", "--vram-optimizations=fp32", *options)
         process = subprocess.Popen(
-            arguments, cwd=project.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+            arguments,
+            cwd=project.path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # a shell's background jobs ignore Ctrl-C, and what they start does too
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         processes.append(process)
         return process
@@ -213,7 +221,7 @@ def started(project: pytest.Pytester) -> Iterator[Callable[..., "subprocess.Pope
     yield start
     for process in processes:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def wait_for(what: Callable[[], Any]) -> Any:
@@ -239,10 +247,11 @@ def descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 def worker_of(process: "subprocess.Popen[str]") -> psutil.Process | None:
     """The worker: the child of the fork server that leads a session of its own."""
-    for server in psutil.Process(process.pid).children():
-        for child in server.children():
-            if os.getsid(child.pid) == child.pid:
-                return child
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        for server in psutil.Process(process.pid).children():
+            for child in server.children():
+                if os.getsid(child.pid) == child.pid:
+                    return child
     return None
 
 

@@ -55,6 +55,7 @@ def _options(config: pytest.Config) -> Options:
     """The command line as one object; raises UsageError of this package."""
     from pytest_vram.cases.case import parse_bytes
     from pytest_vram.cases.sweep import Overrides
+    from pytest_vram.errors import UsageError
     from pytest_vram.measure.measurement import Settings
     from pytest_vram.session import Options
 
@@ -64,7 +65,12 @@ def _options(config: pytest.Config) -> Options:
 
     def names(name: str) -> tuple[str, ...] | None:
         value = text(name)
-        return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+        if value is None:
+            return None
+        found = tuple(part.strip() for part in value.split(",") if part.strip())
+        if not found:
+            raise UsageError(f"--vram-{name}: is empty; name one or more, or leave it out")
+        return found
 
     batches = names("batch-sizes")
     limit = text("limit")
