@@ -3,7 +3,6 @@
 python bench/overhead.py plugin      an empty pytest run with and without the plugin (15 alternations)
 python bench/overhead.py collection  pytest --collect-only over a sweep of 1,000 cases
 python bench/overhead.py sampling    rounds with NVML sampled and not, in turn, in one worker (needs a GPU)
-python bench/overhead.py estimates   load and first call with estimates in the background and without (needs a GPU)
 """
 
 import argparse
@@ -27,7 +26,7 @@ def seconds(command: Sequence[str], folder: str) -> float:
     """The wall time of one command."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])}
     began = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=environ, capture_output=True, check=False)
+    subprocess.run(command, cwd=folder, env=environ, capture_output=True, check=True)
     return time.perf_counter() - began
 
 

@@ -313,3 +313,36 @@ def test_a_killed_worker_costs_its_own_case(
     assert process.returncode == pytest.ExitCode.TESTS_FAILED
     assert "killed by signal 9" in output
     assert [record.status for record in run_of(project, "cpu").records] == ["error", "ok"]
+
+
+def test_a_test_that_fails_on_an_oom_is_a_failure(project: pytest.Pytester) -> None:
+    project.makepyfile(test_it="def test_it(vram_case):\n    assert vram_case.run().status == 'ok'\n")
+    result = run(project, "--vram-limit=769MiB", "--vram-batch-sizes=1", "--vram-optimizations=fp32")
+    result.assert_outcomes(failed=1)
+    assert "assert 'oom' == 'ok'" in str(result.stdout)
+
+
+def test_two_sweeps_with_the_same_ids_are_refused(project: pytest.Pytester) -> None:
+    other = project.mkdir("other")
+    for name in ("models", "matrix.toml"):
+        (other / name).symlink_to(project.path / name)
+    (other / "matrix.toml").unlink()
+    (other / "matrix.toml").write_text((HERE / "matrix.toml").read_text().replace("steps = 2", "steps = 3"))
+    (other / "test_other.py").write_text(TEST)
+    result = run(project)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "have a case tiny-sd/fp32/32x32/b1, with other steps" in str(result.stderr)
+    assert not (project.path / "results").exists()
+
+
+def test_an_error_carries_its_traceback_and_bad_input_under_xdist_its_line(project: pytest.Pytester) -> None:
+    model = project.path / "models" / "tiny-sd.toml"
+    model.write_text(model.read_text().replace("hidden_size = 32", "hidden_size = 64"))  # not what the UNet takes
+    result = run(project, "--vram-device=cpu", "--vram-batch-sizes=1", "--vram-optimizations=fp32")
+    result.assert_outcomes(failed=1)
+    failure = run_of(project, "cpu").records[0].failure
+    assert failure is not None
+    assert "Traceback (most recent call last)" in failure.output_tail
+    result = run(project, "-n", "1", "--vram-models=tiny-ds")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "--vram-models: unknown model 'tiny-ds'; did you mean 'tiny-sd'?" in str(result.stdout)

@@ -3,8 +3,7 @@
 VramError
 ├── UsageError        bad input: an option, a matrix, a model file, a machine that cannot do what was asked
 ├── RunFileError      a run file or journal that is not what the schema says
-├── StartError        the fork server or a worker could not be started
-└── WorkerDied        a worker ended without a result
+└── StartError        the fork server or a worker could not be started
 """
 
 from collections.abc import Iterable
@@ -30,14 +29,6 @@ class RunFileError(VramError):
 
 class StartError(VramError):
     """The fork server or a worker could not be started."""
-
-
-class WorkerDied(VramError):
-    """A worker ended without a result; `returncode` is negative for a signal, as in subprocess."""
-
-    def __init__(self, message: str, returncode: int | None) -> None:
-        super().__init__(message)
-        self.returncode = returncode
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from pytest_vram.measure.machine import Device
     from pytest_vram.records.schema import Record
     from pytest_vram.session import Options, Plan, SweepSession
 
@@ -72,12 +73,16 @@ def _options(config: pytest.Config) -> Options:
             raise UsageError(f"--vram-{name}: is empty; name one or more, or leave it out")
         return found
 
+    device: Device = config.getoption("--vram-device")
+    needless = [f"--vram-{name}" for name in ("rounds", "save-images") if device == "meta" and text(name)]
+    if needless:
+        raise UsageError(f"{needless[0]}: nothing is run for an estimate; give --gpu, or leave it out")
     batches = names("batch-sizes")
     limit = text("limit")
     matrix = text("matrix")
     images = text("save-images")
     return Options(
-        device=config.getoption("--vram-device"),
+        device=device,
         matrix=Path(matrix) if matrix else None,
         sweep=str(text("sweep")),
         overrides=Overrides(
@@ -88,7 +93,7 @@ def _options(config: pytest.Config) -> Options:
             steps=_whole(text("steps"), "--vram-steps"),
         ),
         weights=config.getoption("--vram-weights"),
-        limit_bytes=parse_bytes(limit, "--vram-limit") if limit else None,
+        limit_bytes=None if limit is None else parse_bytes(limit, "--vram-limit"),
         settings=Settings(
             rounds=_whole(text("rounds"), "--vram-rounds"),
             workers=_whole(text("workers"), "--vram-workers") or 1,
@@ -107,7 +112,7 @@ def _whole(text: str | None, option: str) -> Any:
 
     if text is None:
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise UsageError(f"{option}: {text!r} is not a whole number of 1 or more")
     return int(text)
 
@@ -168,6 +173,8 @@ def replay_rounds(record: Record, request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def vram_case(request: pytest.FixtureRequest) -> VramCase:
     """One case of the sweep; `vram_case.run()` measures it, or estimates it where there is no GPU."""
+    if isinstance(request.param, str):
+        pytest.fail(request.param, pytrace=False)
     manager: Manager = request.config.pluginmanager.getplugin("pytest_vram.manager")
     return VramCase(request.param, manager, request)
 
@@ -192,8 +199,8 @@ class Manager:
         if reporter is None or not reporter.isatty or self.config.get_verbosity() < 0:
             return
         if text and self.session and self.session.planned:
-            number = min(len(self.session.finished) + 1, len(self.session.planned))
-            text = f"{number}/{len(self.session.planned)} {text}"
+            number = min(len(self.session.finished) + 1, len(self.session.expected))
+            text = f"{number}/{len(self.session.expected)} {text}"
         capture = self.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled():
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
@@ -220,9 +227,14 @@ class Manager:
 
         plans: list[Plan] = []
         try:
-            plans = self.sweep().plans(Path(str(metafunc.definition.path)).parent)
+            plans = self.sweep().plans(metafunc.definition.path.parent)
+            if self.under_xdist and (self.sweep().options.device != "meta" or self.sweep().options.resume):
+                raise UsageError("-n: cases are measured and resumed one at a time; leave -n out, or only estimate")
         except UsageError as error:
             self.usage_error = self.usage_error or str(error)
+            if self.under_xdist:  # xdist has no way to end with a usage error: one test fails with the line
+                metafunc.parametrize("vram_case", [pytest.param(str(error), id="usage-error")], indirect=True)
+                return
         mark = pytest.mark.benchmark(timer=device_time)
         benchmarked = self.config.pluginmanager.hasplugin("benchmark")
         metafunc.parametrize(
@@ -236,19 +248,28 @@ class Manager:
             item.extra_keyword_matches.update(plan.model.aliases)  # -k takes an alias too
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if self.usage_error:
+        if self.usage_error and not self.under_xdist:
             raise pytest.UsageError(self.usage_error)
         plans = [plan for item in session.items if (plan := _plan(item))]
         if not plans or self.config.option.collectonly or self.session is None:
             return
-        from pytest_vram.errors import UsageError
+        from pytest_vram.cases.models import names_with_aliases
+        from pytest_vram.errors import VramError
 
         try:
-            if self.under_xdist and (self.session.options.device != "meta" or self.session.options.resume):
-                raise UsageError("-n: cases are measured and resumed one at a time; leave -n out, or only estimate")
             self.session.start(plans, keep_journal=not self.under_xdist)
-        except UsageError as error:
+        except VramError as error:
             raise pytest.UsageError(str(error)) from error
+        if self.under_xdist:
+            aliases = names_with_aliases(plan.model for plan in plans)
+            self.config.workeroutput["vram"] = {"ids": sorted(self.session.expected), "aliases": aliases}  # type: ignore[attr-defined]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """An xdist worker has ended: now its controller knows what it had planned."""
+        planned = getattr(node, "workeroutput", {}).get("vram")
+        if planned:
+            self.sweep().expect(planned["ids"], planned["aliases"])
 
     # Running
 
@@ -264,14 +285,18 @@ class Manager:
         document = getattr(report, "vram", None)
         if document is None or self.under_xdist:
             return
+        from pytest_vram.errors import UsageError
         from pytest_vram.records.schema import Record
 
-        self.sweep().keep(Record.model_validate(document))
+        try:
+            self.sweep().keep(Record.model_validate(document))
+        except UsageError as error:  # only under xdist, whose controller opens its journal with the first record
+            pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         self.say("")
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
         document = getattr(report, "vram", None)
-        if document is not None and report.when == "call" and document["status"] == "oom":
+        if document is not None and report.passed and document["status"] == "oom":
             return "oom", "O", ("OOM", {"yellow": True})
         return None
 
@@ -284,12 +309,13 @@ class Manager:
             return
         from time import monotonic
 
-        from pytest_vram.measure.estimates import ASSUMED_CONTEXT_BYTES
+        from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
         from pytest_vram.report.summary import duration, line
 
-        count = f"{len(session.finished)}/{len(session.planned)}"
+        count = f"{len(session.finished)}/{len(session.expected)}"
         elapsed = duration(monotonic() - session.began)
-        text = f" {count} {line(session.finished[-1], ASSUMED_CONTEXT_BYTES)}"
+        last = next(reversed(session.finished.values()))
+        text = f" {count} {line(last, ASSUMED_CONTEXT_BYTES)}"
         reporter.write(f"{text} ({elapsed} elapsed, about {duration(session.rest_s())} left)\n")
 
     # The end
@@ -309,7 +335,7 @@ class Manager:
             return
         from time import monotonic
 
-        from pytest_vram.measure.estimates import ASSUMED_CONTEXT_BYTES
+        from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
         from pytest_vram.report.summary import LEGEND, summary, where_time_went
 
         terminalreporter.section("VRAM")
@@ -319,7 +345,7 @@ class Manager:
         terminalreporter.write_line(LEGEND)
         if session.options.device != "meta":
             spent = monotonic() - session.began
-            terminalreporter.write_line(where_time_went(session.finished, spent))
+            terminalreporter.write_line(where_time_went(session.fresh, spent))
         terminalreporter.write_line(f"run file: {session.run_path}")
 
     def pytest_unconfigure(self) -> None:
@@ -329,5 +355,5 @@ class Manager:
 
 def _plan(item: pytest.Item) -> Plan | None:
     callspec = getattr(item, "callspec", None)
-    plan: Plan | None = callspec.params.get("vram_case") if callspec is not None else None
-    return plan
+    plan = callspec.params.get("vram_case") if callspec is not None else None
+    return None if isinstance(plan, str) else plan

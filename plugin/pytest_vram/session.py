@@ -1,7 +1,7 @@
 """One sweep, from the options to the run file: the object that pytest's hooks talk to."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pytest_vram.errors import UsageError
 from pytest_vram.measure import environment
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.machine import Device, Machine, start_machine
-from pytest_vram.measure.measurement import Settings, measure
+from pytest_vram.measure.measurement import CaseInterrupted, Settings, measure
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
 from pytest_vram.records.schema import Record, Run
@@ -60,9 +60,12 @@ class SweepSession:
         self.journal: Journal | None = None
         self.estimates: Estimates | None = None
         self.planned: list[Plan] = []
-        self.finished: list[Record] = []
-        self.began = self.case_began = time.monotonic()
+        self.finished: dict[str, Record] = {}
+        self.fresh: list[Record] = []  # without those that a resumed run brought along
+        self.began = self.first_case_began = time.monotonic()
+        self.expected: set[str] = set()
         self.run_path: Path | None = None
+        self.others_aliases: dict[str, list[str]] = {}
         self._plans: dict[Path, list[Plan]] = {}
 
     # Collection
@@ -128,7 +131,14 @@ class SweepSession:
         `keep_journal` is off in xdist workers: their controller keeps it.
         """
         options = self.options
+        self.began = time.monotonic()
         self.planned = list({plan.case: plan for plan in plans}.values())
+        self.expected = {plan.case.id for plan in self.planned}
+        if len(self.expected) < len(self.planned):
+            ids = [plan.case.id for plan in self.planned]
+            twice = next(name for name in ids if ids.count(name) > 1)
+            raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
+        self._check_images_folder()
         if options.limit_bytes is not None and options.device == "cpu":
             raise UsageError("--vram-limit: there is no GPU memory to limit with --vram-device cpu")
         if keep_journal and options.device != "cuda":
@@ -150,10 +160,23 @@ class SweepSession:
         known = self.journal.records if self.journal else {}
         wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
         if options.device != "cpu":
-            self.estimates = Estimates(wanted, models, self.machine.starter)
+            self.estimates = Estimates(wanted, models, self.machine.starter, ahead=keep_journal)
         if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
             self.estimates.finish(options.settings.timeout_s, self.say)
-        self.began = time.monotonic()
+        self.first_case_began = time.monotonic()
+
+    def _check_images_folder(self) -> None:
+        folder = self.options.settings.save_images
+        try:
+            if folder:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--vram-save-images: {folder} cannot be written: {error.strerror}") from error
+
+    def expect(self, ids: Iterable[str], aliases: Mapping[str, list[str]]) -> None:
+        """Cases that others run for this session (xdist), which keeps their records."""
+        self.expected |= set(ids)
+        self.others_aliases |= aliases
 
     def open_journal(self, facts: dict[str, Any]) -> Journal:
         """The journal of this run: a new one, or the one that is resumed."""
@@ -186,6 +209,12 @@ class SweepSession:
                 )
         if old.sweep != run.sweep:
             raise UsageError(f"--vram-resume: {found} is of the sweep {old.sweep!r}; give --vram-sweep {old.sweep}")
+        planned = {plan.case.id: plan.case for plan in self.planned}
+        for record in old.records:
+            if planned.get(record.id, record.case) != record.case:
+                raise UsageError(
+                    f"--vram-resume: {found} measured {record.id} with other steps or weights; give the same options"
+                )
         return found.with_suffix(".json"), [record for record in old.records if record.status in DONE]
 
     @staticmethod
@@ -196,17 +225,16 @@ class SweepSession:
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
         assert self.machine is not None
-        self.case_began = time.monotonic()
         if self.journal and (known := self._known(self.journal.records, plan.case)):
             return known
         if self.options.device == "meta":
             return self._estimate(plan)
         try:
             record = measure(plan.case, plan.model, self.machine, self.options.settings, self.say)
-        except KeyboardInterrupt as interrupt:
-            if self.journal and interrupt.args:
-                self.journal.add(interrupt.args[0])
-            raise
+        except CaseInterrupted as interrupt:
+            if self.journal:
+                self.journal.add(interrupt.record)
+            raise KeyboardInterrupt from None
         if self.estimates and record.status != "skipped":
             outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
             record = with_estimate(record, outcome)
@@ -215,7 +243,9 @@ class SweepSession:
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
         if reason := impossible(plan.case.optimizations, "meta"):
-            return Record(id=plan.case.id, case=plan.case, method="estimated", status="skipped", reason=reason)
+            nothing = {"memory": "skipped", "time": "skipped"}
+            common: dict[str, Any] = {"id": plan.case.id, "case": plan.case, "method": "estimated"}
+            return Record(status="skipped", reason=reason, unavailable=nothing, **common)
         self.say(f"estimating {plan.case.id}")
         outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s)
         return estimated_record(plan.case, outcome, seconds)
@@ -227,12 +257,14 @@ class SweepSession:
         assert self.journal is not None
         if self.journal.records.get(record.id) != record:
             self.journal.add(record)
-        self.finished.append(record)
+            self.fresh.append(record)
+        self.finished[record.id] = record
 
     def rest_s(self) -> float:
         """The expected rest of the sweep in seconds, from the cases so far."""
-        done = len(self.finished)
-        return (time.monotonic() - self.began) / done * (len(self.planned) - done) if done else 0.0
+        left = max(0, len(self.expected) - len(self.finished))
+        each = (time.monotonic() - self.first_case_began) / len(self.fresh) if self.fresh else 0.0
+        return each * left
 
     # The end
 
@@ -245,7 +277,9 @@ class SweepSession:
             self.journal.discard()
             return
         records = self.journal.records
-        complete = not interrupted and all(plan.case.id in records for plan in self.planned)
+        complete = not interrupted and self.expected <= records.keys()
+        if self.others_aliases:
+            self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases})
         self.run_path = self.journal.finish(complete)
 
     def abandon(self) -> None:

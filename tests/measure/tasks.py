@@ -122,7 +122,7 @@ def generate(job: Message, reporter: Reporter) -> None:
     if "failed" in script:
         reporter.ask("failed", **{**figures, **script["failed"]})
         return
-    reporter.ask("rounds", count=len(figures["rounds"]), pilot_s=1.0)
+    reporter.send("rounds", count=len(figures["rounds"]), pilot_s=1.0, found={"weights_bytes": 300 * MIB})
     for index in range(len(figures["rounds"])):
         reporter.send("round", index=index)
     reporter.ask("done", **figures)

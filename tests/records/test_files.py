@@ -1,6 +1,7 @@
 """Run files and journals: nothing is lost in writing, nothing is believed in reading."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,7 +132,9 @@ def test_hostile_run_file(name: str, tmp_path: Path) -> None:
 def test_no_file(suffix: str, tmp_path: Path) -> None:
     assert refusal(tmp_path / f"none{suffix}") == "No such file or directory"
     (tmp_path / f"folder{suffix}").mkdir()
-    assert refusal(tmp_path / f"folder{suffix}") == "Is a directory"
+    assert refusal(tmp_path / f"folder{suffix}") == "is no file"
+    os.mkfifo(tmp_path / f"pipe{suffix}")  # reading one would wait for ever
+    assert refusal(tmp_path / f"pipe{suffix}") == "is no file"
 
 
 def test_each_record_is_on_disk_before_the_next(tmp_path: Path) -> None:

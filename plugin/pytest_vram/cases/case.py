@@ -1,5 +1,6 @@
 """One case: a model × optimizations × resolution × batch size, and the sizes that people write."""
 
+import contextlib
 import re
 from typing import Literal
 
@@ -14,7 +15,7 @@ _BYTE_SIZE = TypeAdapter(ByteSize)
 class Case(BaseModel):
     """What identifies one measurement. Resolutions are written width × height, as cards and screens are."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     model: str = Field(min_length=1, max_length=200)
     optimizations: tuple[str, ...] = Field(min_length=1)
@@ -54,11 +55,11 @@ def parse_bytes(text: str, option: str) -> int:
     Raises:
         UsageError: naming `option`, when the text is no positive size.
     """
-    try:
-        size = int(_BYTE_SIZE.validate_python(text))
-    except ValidationError:
-        size = 0
-    if size <= 0 or not text.strip()[-1:].isalpha():
+    size = 0
+    if re.fullmatch(r"\s*[\d.]{1,20}\s*[KMGT]?i?B\s*", text, re.IGNORECASE):  # bytes: not bits, nor a bare number
+        with contextlib.suppress(ValidationError):
+            size = int(_BYTE_SIZE.validate_python(text))
+    if size <= 0:
         raise UsageError(f"{option}: {text!r} is not a size; write it like 8GiB or 500MiB")
     return size
 

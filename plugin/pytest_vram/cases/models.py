@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pytest_vram.errors import UsageError, first_problem, unknown
 
 NAME = r"^[a-z0-9][a-z0-9._-]*$"
-NOT_MEASURED = ("safety_checker", "feature_extractor", "watermark")  # never loaded: they are no part of generating
+NOT_MEASURED = ("safety_checker", "feature_extractor")  # never loaded: they are no part of generating
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class Component(_Table):
@@ -104,7 +104,8 @@ def find_model(name: str, models: Mapping[str, Model]) -> Model:
     """
     by_name = {alias: model for model in models.values() for alias in model.aliases} | dict(models)
     if name not in by_name:
-        raise ValueError(unknown("model", name, by_name))
+        hint = f"; for the folder write ./{name}" if (Path(name) / "model_index.json").is_file() else ""
+        raise ValueError(unknown("model", name, by_name) + hint)
     return by_name[name]
 
 
@@ -171,7 +172,10 @@ def model_from_folder(folder: Path) -> Model:
 
 
 def _require_safetensors(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
+    found = list(folder.glob("*.safetensors"))
+    if found and all(len(path.suffixes) > 1 for path in found):  # model.fp16.safetensors
+        raise UsageError(f"{folder}: only variants of the weights ({found[0].name}); save them without a variant")
+    if not found:
         raise UsageError(
             f"{folder}: no .safetensors file; weights are loaded from nothing else: "
             "save the pipeline again with save_pretrained(folder, safe_serialization=True)"

@@ -4,7 +4,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,10 +34,13 @@ def examine(results: Path) -> Iterator[Finding]:
     yield _python()
     yield from _libraries()
     driver, gpus = _driver()
+    cuda = list(_cuda(gpus))
+    if cuda[0].verdict == "ok" and driver.verdict == "missing":  # Jetson, ROCm: it works, with less to see
+        driver = replace(driver, verdict="note", mend="memory of the process and telemetry are not recorded")
     yield driver
     for number, gpu in enumerate(gpus):
         yield _gpu(number, gpu)
-    yield from _cuda(gpus)
+    yield from cuda
     yield from _host(results)
 
 
@@ -96,7 +99,9 @@ def _cuda(gpus: list[nvml.Gpu]) -> Iterator[Finding]:
         spawner.close()
     if answer is None or answer["event"] == "unavailable":
         message = answer["message"] if answer else f"no answer within {CANARY_TIMEOUT_S:g} s"
-        mend = "pip install --force-reinstall torch (a build for your CUDA; see pytorch.org)"
+        mend = "see the driver above; is CUDA_VISIBLE_DEVICES set?"
+        if "built for the CPU" in message:
+            mend = "pip install --force-reinstall torch (a build for your CUDA; see pytorch.org)"
         yield Finding("CUDA in a worker", "missing", message, mend)
         return
     cuda = f"CUDA {answer['cuda']}, compute capability {answer['capability']}"

@@ -13,6 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# Settings from outside that change what is measured; those of PyTorch's allocator are not passed on to workers.
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "TORCH_CUDNN_V8_API_DISABLED",
+)
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pytest-vram")
 
 
@@ -44,6 +54,7 @@ def describe(root: Path, *, start: str, name_host: bool) -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "start": start,
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

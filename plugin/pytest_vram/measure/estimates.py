@@ -7,33 +7,39 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import psutil
+
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model
 from pytest_vram.errors import StartError
 from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.forkserver import Starter, Worker
+from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
 from pytest_vram.pipelines.optimizations import impossible
 from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Wall
 
 ESTIMATE = "pytest_vram.measure.probes:estimate"
-# What a process holds outside PyTorch's allocator: 686 MiB for Stable Diffusion on an H100 with CUDA 13; it differs by
-# card and driver, so the estimate's `required` takes a rounder, larger figure.
-ASSUMED_CONTEXT_BYTES = 768 << 20
-MOST_WORKERS = 8  # each holds up to 1.5 GB of host memory
+MOST_WORKERS = 8
+WORKER_HOST_BYTES = 2 << 30  # what one simulation may hold, its libraries included
 
 
 class Estimates:
-    """As many workers as there are CPUs, at most eight, that simulate the cases in order.
+    """As many workers as CPUs and host memory allow, at most eight, that simulate the cases in order.
 
     `finish` has them all done before anything is timed; `result` waits for one, while the others go on.
     """
 
-    def __init__(self, cases: Iterable[Case], models: dict[str, Model], starter: Starter) -> None:
+    def __init__(
+        self, cases: Iterable[Case], models: dict[str, Model], starter: Starter, *, ahead: bool = True
+    ) -> None:
+        """`ahead` estimates cases that nobody has asked for yet; off where others estimate them too."""
         self._waiting = deque(case for case in cases if impossible(case.optimizations, "meta") is None)
         self._models, self._starter = models, starter
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._width = min(MOST_WORKERS, cpus)
+        room = psutil.virtual_memory().available // WORKER_HOST_BYTES
+        self._width = max(1, min(MOST_WORKERS, cpus, room))
+        self._ahead = ahead
         self._running: dict[Case, tuple[Worker, float]] = {}
         self._done: dict[Case, tuple[Message, float]] = {}
 
@@ -47,7 +53,7 @@ class Estimates:
                 self._done[case] = self._read(worker), time.monotonic() - began
                 worker.kill()
                 del self._running[case]
-        while self._waiting and len(self._running) < self._width:
+        while self._ahead and self._waiting and len(self._running) < self._width:
             self._start(self._waiting.popleft())
 
     def _start(self, case: Case) -> None:
@@ -77,7 +83,10 @@ class Estimates:
     def result(self, case: Case, timeout_s: float) -> tuple[Message, float]:
         """The outcome of one case and the seconds it took; waits for it."""
         deadline = time.monotonic() + timeout_s
-        if case in self._waiting:  # asked out of turn
+        if case in self._waiting and not self._ahead:
+            self._waiting.remove(case)
+            self._start(case)
+        elif case in self._waiting:  # asked out of turn
             self._waiting.remove(case)
             self._waiting.appendleft(case)
         while case not in self._done:
@@ -114,7 +123,8 @@ def estimated_record(case: Case, outcome: Message, seconds: float) -> Record:
         failure = Failure(
             message=without_paths(outcome["message"]), output_tail=without_paths(outcome.get("output_tail", ""))
         )
-        return Record(status="timeout" if outcome["event"] == "timeout" else "error", failure=failure, **common)
+        status = "timeout" if outcome["event"] == "timeout" else "error"
+        return Record(status=status, failure=failure, unavailable={"memory": "the estimate failed"}, **common)
     required = outcome["need"] + ASSUMED_CONTEXT_BYTES
     memory = Memory(
         weights_bytes=outcome["weights"],

@@ -28,7 +28,10 @@ from pytest_vram.measure.channel import Channel, Closed, Message
 
 # Without it importing diffusers initialises CUDA, and no forked child can use the GPU any more.
 PRELOAD_ENVIRON = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+# What the user has set for PyTorch's allocator would change every case, and no run file would say so.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 PRELOAD_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 60.0
 TAIL_BYTES = 4000
 _SERVE = (
     "import json,sys; sys.path[:] = json.loads(sys.argv[1]);"
@@ -116,7 +119,7 @@ class ForkServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, **PRELOAD_ENVIRON},
+                env={**_environ(), **PRELOAD_ENVIRON},
             )
         try:
             ready = self._channel.receive(PRELOAD_TIMEOUT_S)
@@ -139,13 +142,17 @@ class ForkServer:
         try:
             with theirs:
                 socket.send_fds(self._socket, [request], [theirs.fileno()])
-            while (message := self._receive(60)) is None or "started" not in message:
-                if message is None:
-                    raise StartError("the fork server does not answer")
-        except (OSError, Closed, StartError) as error:
+            while (message := self._receive(START_TIMEOUT_S)) is not None and "exited" in message:
+                pass
+        except (OSError, Closed):
+            message = {"failed": f"it is gone: {_tail(self._output)}"}
+        if message is None:  # whatever it says later belongs to no request
+            self.close()
+            message = {"failed": f"no answer within {START_TIMEOUT_S:g} s"}
+        if "failed" in message:
             ours.close()
             output.unlink(missing_ok=True)
-            raise StartError(f"the fork server is gone or does not answer: {_tail(self._output)}") from error
+            raise StartError(f"the fork server could not start a worker: {message['failed']}")
         return Worker(int(message["started"]), Channel(ours), output, self)
 
     def _receive(self, timeout_s: float) -> Message | None:
@@ -170,6 +177,10 @@ class ForkServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._output.unlink(missing_ok=True)
+
+
+def _environ() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ALLOCATOR_VARIABLES}
 
 
 class Spawner:
@@ -201,6 +212,7 @@ class Spawner:
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
+                    env=_environ(),
                 )
         except OSError as error:
             ours.close()
@@ -300,7 +312,12 @@ class _Server:
     def fork(self, request: dict[str, Any], fd: int) -> None:
         sys.stdout.flush()  # what an import printed is no worker's output
         sys.stderr.flush()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory or no process left: this case fails, the next may not
+            os.close(fd)
+            self.channel.send({"failed": str(error)})
+            return
         if pid == 0:
             self.child(request, fd)
         os.close(fd)

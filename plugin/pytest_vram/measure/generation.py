@@ -4,9 +4,9 @@ import gc
 import math
 import re
 import resource
-import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,6 +125,7 @@ class _Generation:
         self.device: Device = Cuda() if job["device"] == "cuda" else Cpu()
         self.place: str = job["device"]
         self.wanted_rounds: int | None = job["rounds"]
+        self.deadline = time.monotonic() + job["timeout_s"]
         self.budget_s: float = job["round_budget_s"]
         self.save_images: str | None = job["save_images"]
         self.reporter = reporter
@@ -182,11 +183,11 @@ class _Generation:
         pilot_s = sum(self.call(pipe).values())
         self.found["warmup_s"] = time.perf_counter() - began
         self.found["effects"] = {n: "applied" if seen() else "no_effect" for n, seen in self.seen.items()}
-        rounds = self.wanted_rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(self.budget_s / pilot_s)))
+        rounds = self.wanted_rounds or self.rounds_for(pilot_s)
         self.track_memory = False
         gc.collect()
         gc.freeze()  # what is alive now stays: later collections need not walk it
-        self.reporter.ask("rounds", count=rounds, pilot_s=pilot_s)
+        self.reporter.send("rounds", count=rounds, pilot_s=pilot_s, found={**self.totals(), **self.found})
         began = time.perf_counter()
         durations = []
         for index in range(rounds):
@@ -194,11 +195,20 @@ class _Generation:
             self.reporter.send("round", index=index)
         self.found["rounds_wall_s"] = time.perf_counter() - began
         self.found["rounds"] = durations
-        self.found["denoiser_calls"] = denoiser_calls(pipe, self.case.steps)
+        self.found["denoiser_calls"] = self.phases.denoiser_calls
         self.found["native_denoiser_calls"] = denoiser_calls(pipe, self.model.native.steps)
         if self.save_images:
             self.found |= self.totals()
-            self.found["images"] = save_images(self.output, Path(self.save_images), self.case.id)
+            try:
+                save_images(self.output, Path(self.save_images), self.case.id)
+            except OSError as error:  # the measurement is not lost for it
+                self.found["images_error"] = str(error)
+
+    def rounds_for(self, pilot_s: float) -> int:
+        """As many rounds as the budget has, from 5 to 30, but no more than end before the timeout."""
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(self.budget_s / pilot_s)))
+        left_s = 0.8 * (self.deadline - time.monotonic())
+        return max(1, min(rounds, int(left_s / pilot_s)))
 
     def call(self, pipe: Any, keep_output: bool = False) -> dict[str, float]:
         """One call from prompts to pixels: seconds by phase."""
@@ -241,6 +251,8 @@ class _Generation:
         ran_out = out_of_memory(error)
         if not ran_out and self.place == "cuda":  # some pipelines swallow the error and die of the next one
             ran_out = self.device.out_of_memory_errors() > ooms_before
+        traceback.print_exception(error)  # into the worker's output, whose end goes into the record
+        sys.stderr.flush()
         message = f"{type(error).__name__}: {error}"
         self.reporter.ask(
             "failed",
@@ -250,8 +262,6 @@ class _Generation:
             message=message,
             **{**self.totals(), **self.found},
         )
-        if not ran_out:
-            raise error  # the traceback belongs in the worker's output
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -271,11 +281,6 @@ def requested_bytes(message: str) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
-def median_phases(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The median seconds of each phase over the rounds."""
-    return {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-
-
 def save_images(output: Any, folder: Path, case_id: str) -> list[str]:
     """Write the images of one call as PNG; the names hold nothing but letters, digits and `+-_.`"""
     import numpy
@@ -284,7 +289,7 @@ def save_images(output: Any, folder: Path, case_id: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^A-Za-z0-9+_-]+", "_", case_id).strip("_")
     images = output.images if hasattr(output, "images") else output.frames[0]
-    pixels = torch.nan_to_num(images.float()).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+    pixels = torch.nan_to_num(images.cpu().float()).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
     names = []
     for number, image in enumerate(numpy.asarray(pixels)):
         name = f"{stem}_{number}.png"

@@ -18,6 +18,9 @@ from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, ForkServer, Spawner,
 Device = Literal["meta", "cpu", "cuda"]
 CANARY = "pytest_vram.measure.probes:canary"
 CANARY_TIMEOUT_S = 120.0
+# What a process holds outside PyTorch's allocator, where it is not known: 686 MiB for Stable Diffusion on an H100 with
+# CUDA 13; it differs by card and driver, so a rounder, larger figure stands in for it.
+ASSUMED_CONTEXT_BYTES = 768 << 20
 SETTLE_S = 3.0  # how long the driver may take to free what a finished worker held
 SETTLED_BYTES = 16 << 20
 
@@ -26,7 +29,8 @@ SETTLED_BYTES = 16 << 20
 class Machine:
     """The device, what starts workers on it, and how to read its memory.
 
-    `context_bytes` is what the canary held outside PyTorch's allocator; `cannot` says why a figure cannot be read.
+    `context_bytes` is what the canary held outside PyTorch's allocator, or an assumption; `cannot` says why a figure
+    cannot be read.
     """
 
     device: Device
@@ -34,7 +38,7 @@ class Machine:
     facts: dict[str, Any] = field(default_factory=dict)
     gpu: nvml.Gpu | None = None
     memory_bytes: int | None = None
-    context_bytes: int = 0
+    context_bytes: int = ASSUMED_CONTEXT_BYTES
     cannot: dict[str, str] = field(default_factory=dict)
 
     def baseline(self) -> int:
@@ -91,6 +95,9 @@ def start_machine(
             raise UsageError("--gpu: a worker process could not use CUDA; `pytest-vram doctor` says what is missing")
         if not allow_shared:
             _refuse_shared(machine)
+    except StartError as error:
+        starter.close()
+        raise UsageError(f"--gpu: {error}") from error
     except BaseException:
         starter.close()
         raise
@@ -133,11 +140,8 @@ def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
             why = "NVML does not know this GPU"
             machine.cannot = {f"memory.{key}": why for key in ("nvml_process_peak_bytes", "nvml_device_peak_bytes")}
             return machine
-        used = machine.gpu.processes().get(worker.pid)
-        if used is not None:
-            machine.context_bytes = max(0, used - answer["reserved_bytes"])
-        elif (in_use := machine.gpu.used_bytes()) is not None:
-            machine.context_bytes = max(0, in_use - answer["reserved_bytes"])
+        held = machine.gpu.processes().get(worker.pid)
+        in_use = machine.gpu.used_bytes()
         machine.facts |= {
             "driver": nvml.driver_version(),
             "power_limit_w": machine.gpu.power_limit_w(),
@@ -147,22 +151,26 @@ def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
         return None
     finally:
         worker.kill()
-    _wait_for_exit(machine)
+    idle = _idle_bytes(machine.gpu, worker.pid)
+    machine.facts["gpu_idle_bytes"] = idle
+    if not held and in_use is not None and idle is not None:  # NVML hides the worker or its bytes
+        held = in_use - idle
+    if held and held > answer["reserved_bytes"]:
+        machine.context_bytes = held - answer["reserved_bytes"]
     return machine
 
 
-def _wait_for_exit(machine: Machine) -> None:
-    """Read what the idle device holds, once the canary's memory is free again."""
-    assert machine.gpu is not None
-    last = machine.gpu.used_bytes() or 0
+def _idle_bytes(gpu: nvml.Gpu, gone: int) -> int | None:
+    """What the device holds once the driver has freed what the process `gone` held."""
     deadline = time.monotonic() + SETTLE_S
+    last = gpu.used_bytes()
     while time.monotonic() < deadline:
         time.sleep(0.1)
-        now = machine.gpu.used_bytes() or 0
-        if now >= last - (1 << 20):
+        now = gpu.used_bytes()
+        if gone not in gpu.processes() and now == last:
             break
         last = now
-    machine.facts["gpu_idle_bytes"] = machine.gpu.used_bytes()
+    return last
 
 
 def _refuse_shared(machine: Machine) -> None:

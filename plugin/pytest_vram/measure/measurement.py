@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model
-from pytest_vram.errors import StartError, WorkerDied
+from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
 from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
@@ -53,6 +53,14 @@ Say = Callable[[str], None]
 """Told what the worker does now, for a line of progress."""
 
 
+class CaseInterrupted(KeyboardInterrupt):
+    """Ctrl-C while a case was measured; `record` is its record."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+
+
 @dataclass
 class _Run:
     """What one worker reported."""
@@ -68,11 +76,13 @@ class _Run:
 def measure(case: Case, model: Model, machine: Machine, settings: Settings, say: Say) -> Record:
     """Measure one case; whatever goes wrong in its worker is part of the record.
 
-    A KeyboardInterrupt kills the worker and is raised again, with the record as its argument.
+    Raises:
+        CaseInterrupted: at Ctrl-C, with the record; the worker is gone then.
     """
     common: dict[str, Any] = {"id": case.id, "case": case, "method": "measured"}
     if reason := impossible(case.optimizations, machine.device):
-        return Record(status="skipped", reason=reason, **common)
+        nothing = {"memory": "skipped", "time": "skipped"}
+        return Record(status="skipped", reason=reason, unavailable=nothing, **common)
     began = time.monotonic()
     runs: list[_Run] = []
     try:
@@ -82,9 +92,11 @@ def measure(case: Case, model: Model, machine: Machine, settings: Settings, say:
             if run.outcome["event"] != "done":
                 break
     except KeyboardInterrupt:
-        failure = Failure(message="interrupted")
         wall = Wall(total_s=time.monotonic() - began)
-        raise KeyboardInterrupt(Record(status="error", failure=failure, wall=wall, **common)) from None
+        failure = Failure(message="interrupted")
+        nothing = {"memory": "interrupted", "time": "interrupted"}
+        record = Record(status="error", failure=failure, wall=wall, unavailable=nothing, **common)
+        raise CaseInterrupted(record) from None
     return _record(case, model, machine, runs, time.monotonic() - began, common)
 
 
@@ -117,6 +129,7 @@ def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, 
         "device": machine.device,
         "rounds": settings.rounds,
         "round_budget_s": settings.round_budget_s,
+        "timeout_s": settings.timeout_s,
         "save_images": settings.save_images,
     }
     run = _Run({}, sampler)
@@ -125,8 +138,7 @@ def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, 
         worker.channel.send(job)
         conversation.hold(case.limit_bytes, context)
     except Closed:
-        died = _died(worker, conversation.phase)
-        run.outcome = {"event": "failed", "status": "error", "phase": conversation.phase, "message": str(died)}
+        conversation.fail("error", _died(worker, conversation.phase))
     finally:
         run.output_tail = worker.output_tail()
         worker.kill()
@@ -142,6 +154,7 @@ class _Conversation:
         self.deadline = deadline
         self.phase: str | None = "load"
         self.rounds: int | None = None
+        self.found: Message = {}
 
     def hold(self, limit: int | None, context: int) -> None:
         """Raises Closed when the worker dies."""
@@ -161,9 +174,8 @@ class _Conversation:
                 self.phase = message["phase"] if message["phase"] == "load" else None
                 self.say(message["phase"])
             elif event == "rounds":
-                self.rounds = message["count"]
+                self.rounds, self.found = message["count"], message["found"]
                 self.say(f"{self.rounds} rounds of about {message['pilot_s']:.2f} s")
-                channel.send({})
             elif event == "round":
                 self.run.telemetry.append(sampler.end_round())
                 self.say(f"round {message['index'] + 1} of {self.rounds}")
@@ -179,11 +191,20 @@ class _Conversation:
 
     def _time_out(self) -> None:
         where = f" in {self.phase}" if self.phase else ""
-        message = f"no result within {self.settings.timeout_s:g} s{where} (--vram-timeout)"
-        self.run.outcome = {"event": "failed", "status": "timeout", "phase": self.phase, "message": message}
+        self.fail("timeout", f"no result within {self.settings.timeout_s:g} s{where} (--vram-timeout)")
+
+    def fail(self, status: str, message: str) -> None:
+        """The worker says no more: what it had found before the rounds is kept."""
+        self.run.outcome = {
+            **self.found,
+            "event": "failed",
+            "status": status,
+            "phase": self.phase,
+            "message": message,
+        }
 
 
-def _died(worker: Worker, phase: str | None) -> WorkerDied:
+def _died(worker: Worker, phase: str | None) -> str:
     code = worker.wait(5)
     if code is not None and code < 0:
         cause = f"was killed by signal {-code}"
@@ -194,7 +215,7 @@ def _died(worker: Worker, phase: str | None) -> WorkerDied:
     lines = [line for line in worker.output_tail().splitlines() if line.strip()]
     last = f": {lines[-1].strip()}" if lines and code != -9 else ""
     where = f" in {phase}" if phase else ""
-    return WorkerDied(f"the worker {cause}{where}{last}", code)
+    return f"the worker {cause}{where}{last}"
 
 
 # From what the workers reported to a record
@@ -242,9 +263,13 @@ def _found(
     }
     if done and all(run.outcome["rounds"] for run in runs):
         fields["time"] = _time(case, model, runs)
-        if fields["time"].rounds_discarded == sum(len(run.outcome["rounds"]) for run in runs):
-            throttled = "every round ran on a throttled GPU"
+        if any(run.telemetry and all(nvml.ABNORMAL & set(s.throttle) for s in run.telemetry) for run in runs):
+            throttled = "every round of a worker ran on a throttled GPU"
             fields["disturbed"] = "; ".join(filter(None, [fields["disturbed"], throttled]))
+        if fields["time"].full_length_s is None:
+            unavailable["time.full_length_s"] = "the scheduler does not say how often it calls the denoiser"
+        if "images_error" in outcome:
+            unavailable["images"] = f"not saved: {without_paths(outcome['images_error'])}"
     elif not done:
         unavailable["time"] = f"no round was completed: {fields['status']}"
         fields["failure"] = Failure(
@@ -265,7 +290,7 @@ def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]
         "memory.need_tolerance_bytes": NO_NEED_SEARCH,
         "memory.required_bytes": NO_NEED_SEARCH,
         "time.at_need_s": NO_NEED_SEARCH,
-        "memory.estimated_need_bytes": "the estimate was not finished",
+        "memory.estimated_need_bytes": "not estimated",
         "energy_j_per_image": "not measured",
     }
 
@@ -335,21 +360,23 @@ def _time(case: Case, model: Model, runs: list[_Run]) -> Time:
         rounds = run.outcome["rounds"]
         states = run.telemetry or [RoundTelemetry()] * len(rounds)
         kept = [r for r, state in zip(rounds, states, strict=True) if not nvml.ABNORMAL & set(state.throttle)]
-        discarded += len(rounds) - len(kept)
+        discarded += len(rounds) - len(kept) if kept else 0
         kept = kept or rounds
         kept_rounds += kept
         seconds = [sum(r.values()) for r in kept]
         workers.append(WorkerTime(rounds_s=seconds, median_s=statistics.median(seconds)))
     median = statistics.median(worker.median_s for worker in workers)
     phase = {name: statistics.median(r.get(name, 0.0) for r in kept_rounds) for name in ("encode", "denoise", "decode")}
-    step = phase["denoise"] / runs[-1].outcome["denoiser_calls"]
+    step = phase["denoise"] / max(1, runs[-1].outcome["denoiser_calls"])
+    native_calls = runs[-1].outcome["native_denoiser_calls"]
+    full_length = None if native_calls is None else phase["encode"] + native_calls * step + phase["decode"]
     return Time(
         cold_s=runs[0].outcome["cold_s"],
         median_s=median,
         step_s=step or None,
         images_per_s=case.batch_size / median,
-        full_length_s=phase["encode"] + runs[-1].outcome["native_denoiser_calls"] * step + phase["decode"],
-        full_length_steps=model.native.steps,
+        full_length_s=full_length,
+        full_length_steps=None if full_length is None else model.native.steps,
         workers=workers,
         rounds_discarded=discarded,
     )

@@ -87,7 +87,6 @@ class Gpu:
         # version 1 counts the driver's own reserve as used: 480 MiB on an idle H100
         version = getattr(pynvml, "nvmlMemory_v2", None)
         self._memory = {"version": version} if version and self._reads(version) else {}
-        self.counts_driver_reserve = not self._memory
 
     def _reads(self, version: int) -> bool:
         return _read(pynvml.nvmlDeviceGetMemoryInfo, self._handle, version=version) is not None

@@ -13,8 +13,9 @@ class Phases:
     def __init__(self, pipe: Any, denoiser: str, enter: Callable[[str], None]) -> None:
         self._enter = enter
         self.current = "load"
+        self.denoiser_calls = 0  # of the call that goes on, or went last
         # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
-        getattr(pipe, denoiser).register_forward_pre_hook(lambda *_: self._once("denoise"), prepend=True)
+        getattr(pipe, denoiser).register_forward_pre_hook(lambda *_: self._denoise(), prepend=True)
         decode = pipe.vae.decode
 
         def decoding(*args: Any, **kwargs: Any) -> Any:
@@ -25,7 +26,12 @@ class Phases:
 
     def begin(self) -> None:
         """A call of the pipeline begins."""
+        self.denoiser_calls = 0
         self._once("encode")
+
+    def _denoise(self) -> None:
+        self.denoiser_calls += 1
+        self._once("denoise")
 
     def _once(self, name: str) -> None:
         if name != self.current:

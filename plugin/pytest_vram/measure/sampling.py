@@ -37,7 +37,7 @@ class Sampler:
         processes = self.gpu.processes()
         if self.pid in processes:
             self.process_now = processes[self.pid]
-            if self.process_now is not None:
+            if self.process_now:
                 self.process_peak = max(self.process_peak or 0, self.process_now)
             self.others |= processes.keys() - {self.pid}
         now = time.monotonic()
@@ -62,5 +62,5 @@ class Sampler:
 
     def held_outside(self, reserved: int) -> int | None:
         """What the worker holds outside PyTorch's allocator now: its context."""
-        held = self.process_now if self.process_now is not None else self.device_now
+        held = self.process_now or self.device_now
         return None if held is None or held <= reserved else held - reserved

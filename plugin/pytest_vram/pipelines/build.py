@@ -112,7 +112,9 @@ def assemble(model: Model, components: Mapping[str, torch.nn.Module], **attribut
     for name, parameter in wanted.items():
         if name == "self" or name in given:
             continue
-        if name == "scheduler":
+        if name == "add_watermarker":
+            given[name] = False  # SDXL's, on the CPU, and only where another package is installed
+        elif name == "scheduler":
             scheduler = getattr(diffusers, model.scheduler.class_name)
             given[name] = scheduler.from_config(dict(model.scheduler.config))
         elif "tokenizer" in name:
@@ -161,8 +163,7 @@ def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str) -> Any:
     accepted = inspect.signature(cls.__init__).parameters
     left_out = {name: None for name in NOT_MEASURED if name in accepted}
     arguments = {k: v for k, v in model.pipeline_arguments.items() if k in accepted}
-    if "requires_safety_checker" in accepted:
-        arguments["requires_safety_checker"] = False
+    arguments |= {name: False for name in ("requires_safety_checker", "add_watermarker") if name in accepted}
     local = Path(model.hub_id).is_dir()
     pipe = cls.from_pretrained(
         model.hub_id, dtype=dtype, use_safetensors=True, local_files_only=local, **left_out, **arguments
@@ -189,13 +190,17 @@ def call_arguments(pipe: Any, case: Case, generator: torch.Generator | None) -> 
     return {name: value for name, value in arguments.items() if name in accepted and value is not None}
 
 
-def denoiser_calls(pipe: Any, steps: int) -> int:
+def denoiser_calls(pipe: Any, steps: int) -> int | None:
     """How often the denoiser runs for `steps` steps: PNDM runs it once more, Heun almost twice as often.
 
-    Asks a copy of the pipeline's scheduler, so that the pipeline's own is left as it is.
+    Asks a copy of the pipeline's scheduler, so that the pipeline's own is left as it is. None where the scheduler
+    wants more than a number of steps.
     """
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except (TypeError, ValueError):
+        return None
     return len(scheduler.timesteps)
 
 

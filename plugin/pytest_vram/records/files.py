@@ -1,5 +1,6 @@
 """Run files and their journals: names, writing without loss, reading without trust."""
 
+import contextlib
 import json
 import os
 import re
@@ -45,6 +46,7 @@ class Journal:
         self.run = run
         self.records: dict[str, Record] = {}
         part = path.with_suffix(".part")
+        self._made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = part.open("w", encoding="utf-8")
@@ -78,6 +80,9 @@ class Journal:
         """Leave nothing behind: no case was run."""
         self._file.close()
         self.path.unlink()
+        with contextlib.suppress(OSError):  # not empty: somebody else's
+            for folder in self._made:
+                folder.rmdir()
 
 
 def write_run(path: Path, run: Run) -> None:
@@ -141,6 +146,8 @@ def checked(document: Any, source: Path) -> Run:
 
 def _text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise RunFileError(f"{path}: is no file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise RunFileError(f"{path}: is larger than {MAX_FILE_BYTES >> 20} MiB; no run file is")
         return path.read_text(encoding="utf-8")
@@ -158,7 +165,7 @@ def _json(text: str, path: Path) -> Any:
 
 
 def unfinished(folder: Path) -> Iterable[Path]:
-    """Journals and incomplete run files of a folder, the newest first."""
+    """Journals and run files of a folder that lack cases or hold failed ones, the newest first."""
     journals = set(folder.glob("*.jsonl"))
     files = {path for path in folder.glob("*.json") if path.with_suffix(".jsonl") not in journals}
     for path in sorted(journals | files, key=lambda path: path.name, reverse=True):
@@ -166,7 +173,7 @@ def unfinished(folder: Path) -> Iterable[Path]:
             run = read_journal(path) if path.suffix == ".jsonl" else read_run(path)
         except RunFileError:
             continue  # not ours to judge here: whoever names the file gets the message
-        if not run.complete:
+        if not run.complete or any(record.status in ("error", "timeout") for record in run.records):
             yield path
 
 

@@ -97,16 +97,12 @@ class Failure(_Part):
 
 
 class Wall(_Part):
-    """Where the wall time of a case went, in seconds; `other` is what is not load, warm-up or rounds."""
+    """Where the wall time of a case went, in seconds."""
 
     total_s: float = Field(ge=0)
     load_s: float = Field(default=0, ge=0)
     warmup_s: float = Field(default=0, ge=0)
     rounds_s: float = Field(default=0, ge=0)
-
-    @property
-    def other_s(self) -> float:
-        return max(0.0, self.total_s - self.load_s - self.warmup_s - self.rounds_s)
 
 
 class Record(_Part):

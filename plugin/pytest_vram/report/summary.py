@@ -12,9 +12,10 @@ from pytest_vram.records.schema import Record
 
 WIDTH = 100
 LEGEND = """\
-GiB. required: the free memory a card must have; ~ is estimated: the simulated need and a context of 768 MiB.
+GiB. required: the free memory a card must have; ~ is estimated: the simulated need, and the context that was
+measured, or 768 MiB. call s: one call, median. full s: a call of the model's native steps, calculated.
 alloc.: peak of tensors. reserv.: peak of PyTorch's pool. NVML: peak of the process, as nvidia-smi shows it.
-img/s: images a second. s/step: one call of the denoiser."""
+s/step: one call of the denoiser. img/s: images a second."""
 
 
 def gib(value: int | None) -> str:
@@ -46,7 +47,7 @@ def required(record: Record, assumed_context: int) -> str:
     if record.method == "measured" and memory.required_bytes is not None:
         return gib(memory.required_bytes)
     if memory.estimated_need_bytes is not None:
-        return f"~{gib(memory.estimated_need_bytes + assumed_context)}"
+        return f"~{gib(memory.estimated_need_bytes + (memory.context_bytes or assumed_context))}"
     return "–"
 
 
@@ -55,7 +56,7 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], ass
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
     table.add_column("case", overflow="fold", ratio=1)
     table.add_column("status", no_wrap=True)
-    for heading in ("required", "alloc.", "reserv.", "NVML", "median s", "s/step", "img/s"):
+    for heading in ("required", "alloc.", "reserv.", "NVML", "call s", "full s", "s/step", "img/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     by_model: dict[str, list[Record]] = {}
     for record in records:
@@ -75,15 +76,16 @@ def _row(record: Record, assumed_context: int) -> list[str]:
     label = " ".join(record.case.labels)
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
     if no_effect:
-        label += f"\n    {', '.join(no_effect)}: no effect"
+        label += f"\n   {', '.join(no_effect)}: no effect"
     return [
-        escape(f"  {label}"),
+        escape(f" {label}"),
         record.status if record.method == "measured" or record.status != "ok" else "estim.",
         required(record, assumed_context),
         gib(memory.allocated_peak_bytes),
         gib(memory.reserved_peak_bytes),
         gib(memory.nvml_process_peak_bytes),
         seconds(time.median_s),
+        seconds(time.full_length_s),
         "–" if time.step_s is None else f"{time.step_s:.4f}",
         "–" if time.images_per_s is None else f"{time.images_per_s:.2f}",
     ]
@@ -98,7 +100,8 @@ def line(record: Record, assumed_context: int) -> str:
     }.get(record.status, record.status)
     parts = [f"{record.id}: {said}"]
     if record.status == "ok":
-        parts.append(f"{required(record, assumed_context)} GiB required")
+        if (needed := required(record, assumed_context)) != "–":
+            parts.append(f"{needed} GiB required")
         if record.memory.reserved_peak_bytes:
             parts.append(f"{gib(record.memory.reserved_peak_bytes)} reserved")
         if record.time.median_s is not None:
