@@ -20,12 +20,12 @@ from pytest_vram.pipelines.optimizations import impossible
 from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Wall
 
 ESTIMATE = "pytest_vram.measure.probes:estimate"
-MOST_WORKERS = 8
+MOST_WORKERS = 16
 WORKER_HOST_BYTES = 2 << 30  # what one simulation may hold, its libraries included
 
 
 class Estimates:
-    """As many workers as CPUs and host memory allow, at most eight, that simulate the cases in order.
+    """As many workers as CPUs and host memory allow, at most sixteen, that simulate the cases in order.
 
     `finish` has them all done before anything is timed; `result` waits for one, while the others go on.
     """

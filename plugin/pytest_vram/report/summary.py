@@ -53,7 +53,7 @@ def required(record: Record, assumed_context: int) -> str:
 
 def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], assumed_context: int) -> str:
     """The table, without colours; `~` marks an estimate."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     table.add_column("case", overflow="fold", ratio=1)
     table.add_column("status", no_wrap=True)
     for heading in ("required", "alloc.", "reserv.", "NVML", "call s", "full s", "s/step", "img/s"):
