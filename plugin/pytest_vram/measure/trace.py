@@ -149,18 +149,20 @@ class Trace(TorchDispatchMode):
         return out
 
     def _convolution(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        """As cuDNN does it: operands dense and of one memory format, copied where they are not, then an optional
-        workspace: copies of input, weight and output in its own layout, NHWC, unless they are in it already.
+        """As ATen calls cuDNN: input, output and weight dense and of one memory format, in this order, copied where they
+        are not; then an optional workspace: copies of the three in NHWC, unless they are in it already.
         """
         sample, weight = _on_meta(args[0]), _on_meta(args[1])
         nhwc = {4: torch.channels_last, 5: torch.channels_last_3d}.get(sample.dim(), torch.contiguous_format)
         wanted = nhwc if nhwc in (_format(sample), _format(weight)) else torch.contiguous_format
-        copies = [self.malloc(_nbytes(t)) for t in (sample, weight) if not t.is_contiguous(memory_format=wanted)]
+        copies = [] if sample.is_contiguous(memory_format=wanted) else [self.malloc(_nbytes(sample))]
         inferred = self._run(func, args, kwargs)
         out: torch.Tensor = inferred
         if not inferred.is_contiguous(memory_format=wanted):
             out = aten.empty.memory_format(inferred.shape, dtype=inferred.dtype, device=META, memory_format=wanted)
         self.track(out)
+        if not weight.is_contiguous(memory_format=wanted):
+            copies.append(self.malloc(_nbytes(weight)))
         if wanted is torch.contiguous_format:
             self.events.append((0, _nbytes(sample) + _nbytes(weight) + _nbytes(out)))
         for copy in copies:
