@@ -149,8 +149,8 @@ class Trace(TorchDispatchMode):
         return out
 
     def _convolution(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        """As ATen calls cuDNN: input, output and weight dense and of one memory format, in this order, copied where they
-        are not; then an optional workspace: copies of the three in NHWC, unless they are in it already.
+        """As ATen calls cuDNN: input, output and weight dense and of one memory format, in this order, copied where
+        they are not; then an optional workspace: copies of the three in NHWC, unless they are in it already.
         """
         sample, weight = _on_meta(args[0]), _on_meta(args[1])
         nhwc = {4: torch.channels_last, 5: torch.channels_last_3d}.get(sample.dim(), torch.contiguous_format)
