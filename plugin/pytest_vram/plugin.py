@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +203,7 @@ class Manager:
             number = min(len(self.session.finished) + 1, len(self.session.expected))
             text = f"{number}/{len(self.session.expected)} {text}"
         capture = self.config.pluginmanager.getplugin("capturemanager")
-        with capture.global_and_fixture_disabled():
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
 
     def sweep(self) -> SweepSession:
@@ -256,6 +257,10 @@ class Manager:
         from pytest_vram.cases.models import names_with_aliases
         from pytest_vram.errors import VramError
 
+        if self.terminal is not None and not self.under_xdist and self.config.get_verbosity() >= 0:
+            measuring = self.session.options.device == "cuda"
+            first = "imports, then all estimates, then the cases" if measuring else "imports, then the cases"
+            self.terminal.write_line(f"vram: {len(plans)} cases; {first}")
         try:
             self.session.start(plans, keep_journal=not self.under_xdist)
         except VramError as error:

@@ -1,7 +1,6 @@
 """Models as data: one TOML architecture file each, or a saved pipeline's folder, read into one form."""
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pytest_vram.cases.toml import read_toml
 from pytest_vram.errors import UsageError, first_problem, unknown
 
 NAME = r"^[a-z0-9][a-z0-9._-]*$"
@@ -74,12 +74,7 @@ def read_model(path: Path) -> Model:
     Raises:
         UsageError: naming the file and the key.
     """
-    try:
-        model = Model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from error
-    except ValidationError as error:
-        raise UsageError(first_problem(error, path)) from error
+    model = read_toml(path, Model)
     if model.denoiser not in model.components:
         raise UsageError(f"{path}: denoiser: {model.denoiser!r} is not one of the components")
     return model

@@ -1,18 +1,18 @@
 """Sweeps: named blocks of axes in `matrix.toml`, expanded into cases."""
 
 import itertools
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pytest_vram.cases.case import Case, Weights, parse_resolution
 from pytest_vram.cases.models import Model, find_model
-from pytest_vram.errors import UsageError, first_problem, unknown
+from pytest_vram.cases.toml import read_toml
+from pytest_vram.errors import UsageError, unknown
 
 NATIVE = "native"
 T = TypeVar("T")
@@ -78,12 +78,7 @@ def read_sweep(path: Path, name: str) -> Sweep:
     Raises:
         UsageError: naming the file and the key.
     """
-    try:
-        matrix = Matrix.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from error
-    except ValidationError as error:
-        raise UsageError(first_problem(error, path)) from error
+    matrix = read_toml(path, Matrix)
     if name not in matrix.sweeps:
         raise UsageError(f"{path}: sweeps: {unknown('sweep', name, matrix.sweeps)}")
     return matrix.sweeps[name]
