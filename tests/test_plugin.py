@@ -13,9 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from pytest_vram.cases.models import Model
+from pytest_vram.pipelines.build import random_pipeline
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
+from tests.pipelines.test_build import clip_tokenizer
 
 HERE = Path(__file__).parent
 TEST = "def test_generation(vram_case):\n    vram_case.run()\n"
@@ -348,3 +352,18 @@ def test_an_error_carries_its_traceback_and_bad_input_under_xdist_its_line(proje
     result = run(project, "-n", "1", "--vram-models=tiny-ds")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert "--vram-models: unknown model 'tiny-ds'; did you mean 'tiny-sd'?" in str(result.stdout)
+
+
+def test_trained_weights_from_a_folder(project: pytest.Pytester, tiny: Model) -> None:
+    pipe = random_pipeline(tiny, torch.float32, "cpu")
+    pipe.register_modules(tokenizer=clip_tokenizer())
+    pipe.save_pretrained(project.path / "Trained One", safe_serialization=True)
+    options = ["--vram-weights=pretrained", "--vram-optimizations=fp32", "--vram-batch-sizes=1"]
+    result = run(project, "--vram-models=./Trained One", "--vram-device=cpu", "--vram-rounds=5", *options)
+    result.assert_outcomes(passed=1)
+    (record,) = run_of(project, "cpu").records
+    assert (record.id, record.case.weights) == ("trained-one/fp32/32x32/b1", "pretrained")
+    (project.path / "Trained One" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    refused = run(project, "--vram-models=./Trained One", *options)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    assert "Trained One/vae: no .safetensors file" in str(refused.stderr)

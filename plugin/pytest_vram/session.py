@@ -14,6 +14,7 @@ from pytest_vram.measure import environment
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.machine import Device, Machine, start_machine
 from pytest_vram.measure.measurement import CaseInterrupted, Settings, measure
+from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
 from pytest_vram.records.schema import Record, Run
@@ -103,12 +104,12 @@ class SweepSession:
         return plans
 
     def _with_folders(self, overrides: Overrides, folders: Sequence[str], models: dict[str, Model]) -> Overrides:
-        """The folders of saved pipelines among the models, made known under their own names."""
+        """The saved pipelines among the models, folders and hub ids, made known under their own names."""
         names = {}
         for folder in folders:
             if self.options.weights != "pretrained":
-                raise UsageError(f"--vram-models: {folder} is a folder of weights; give --vram-weights pretrained too")
-            model = model_from_folder(Path(folder))
+                raise UsageError(f"--vram-models: {folder} names trained weights; give --vram-weights pretrained too")
+            model = model_from_hub(folder) if is_hub_id(folder) else model_from_folder(Path(folder))
             if model.name in models:
                 raise UsageError(
                     f"--vram-models: {folder}: a model is called {model.name!r} already; rename the folder"

@@ -109,11 +109,12 @@ def is_folder(name: str) -> bool:
     return "/" in name or "\\" in name or name.startswith(".")
 
 
-def model_from_folder(folder: Path) -> Model:
+def model_from_folder(folder: Path, *, with_weights: bool = True) -> Model:
     """The architecture of a pipeline saved with `save_pretrained`, read from its configuration files.
 
     A saved pipeline does not say with how many steps it is meant to run: 50 with guidance 7.5, diffusers' defaults
-    for Stable Diffusion, stand in; an architecture file whose `hub_id` is the folder says better.
+    for Stable Diffusion, stand in; an architecture file whose `hub_id` is the folder says better. Without
+    `with_weights` the configuration files alone are enough.
 
     Raises:
         UsageError: when a part is missing, or has no safetensors file.
@@ -124,7 +125,8 @@ def model_from_folder(folder: Path) -> Model:
         if name.startswith("_") or name in NOT_MEASURED or not isinstance(entry, list) or len(entry) != 2:
             continue
         if (folder / name / "config.json").is_file() and entry[0] in ("diffusers", "transformers"):
-            _require_safetensors(folder / name)
+            if with_weights:
+                _require_safetensors(folder / name)
             config = {k: v for k, v in _read_json(folder / name / "config.json").items() if not k.startswith("_")}
             components[name] = {"library": entry[0], "class": entry[1], "config": config}
     denoiser = next((name for name in ("transformer", "unet") if name in components), None)
