@@ -1,6 +1,8 @@
 """Warnings are errors here, as they are not in bench/; those that other libraries make for themselves are not ours."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +21,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny() -> Model:
     """A Stable Diffusion that a CPU runs in milliseconds."""
     return read_model(HERE / "models" / "tiny-sd.toml")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny: Model) -> Path:
+    """The tiny pipeline saved as trained weights are, tokenizer and all.
+
+    Made once and before any `pytester`, which forgets the modules that are imported after it was set up.
+    """
+    import torch
+
+    from pytest_vram.pipelines.build import random_pipeline
+
+    folder = tmp_path_factory.mktemp("saved") / "tiny-trained"
+    pipe = random_pipeline(tiny, torch.float32, "cpu")
+    pipe.register_modules(tokenizer=clip_tokenizer())
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def clip_tokenizer() -> Any:
+    """A CLIP tokenizer that knows single letters."""
+    import transformers
+
+    letters = [chr(code) for code in range(97, 123)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.CLIPTokenizer(
+            vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77
+        )

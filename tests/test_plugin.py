@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
-from pytest_vram.cases.models import Model
-from pytest_vram.pipelines.build import random_pipeline
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
-from tests.pipelines.test_build import clip_tokenizer
 
 HERE = Path(__file__).parent
 TEST = "def test_generation(vram_case):\n    vram_case.run()\n"
@@ -354,10 +351,8 @@ def test_an_error_carries_its_traceback_and_bad_input_under_xdist_its_line(proje
     assert "--vram-models: unknown model 'tiny-ds'; did you mean 'tiny-sd'?" in str(result.stdout)
 
 
-def test_trained_weights_from_a_folder(project: pytest.Pytester, tiny: Model) -> None:
-    pipe = random_pipeline(tiny, torch.float32, "cpu")
-    pipe.register_modules(tokenizer=clip_tokenizer())
-    pipe.save_pretrained(project.path / "Trained One", safe_serialization=True)
+def test_trained_weights_from_a_folder(saved: Path, project: pytest.Pytester) -> None:
+    shutil.copytree(saved, project.path / "Trained One")
     options = ["--vram-weights=pretrained", "--vram-optimizations=fp32", "--vram-batch-sizes=1"]
     result = run(project, "--vram-models=./Trained One", "--vram-device=cpu", "--vram-rounds=5", *options)
     result.assert_outcomes(passed=1)

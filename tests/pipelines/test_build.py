@@ -1,12 +1,10 @@
 """Pipelines from architectures and from saved weights."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model, model_from_folder, read_models
@@ -100,30 +98,6 @@ def test_pndm_calls_the_denoiser_once_more_than_it_has_steps(tiny: Model) -> Non
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     pipe(**call_arguments(pipe, case_of(tiny, steps=4), None))
     assert len(calls) == denoiser_calls(pipe, 4) == 5
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline saved as its trained weights would be, tokenizer and all."""
-    from pytest_vram.cases.models import read_model
-
-    tiny = read_model(Path(__file__).parents[1] / "models" / "tiny-sd.toml")
-    folder = tmp_path_factory.mktemp("saved") / "tiny-trained"
-    pipe = random_pipeline(tiny, torch.float32, "cpu")
-    pipe.register_modules(tokenizer=clip_tokenizer())
-    pipe.save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-def clip_tokenizer() -> Any:
-    """A CLIP tokenizer that knows single letters."""
-    letters = [chr(code) for code in range(97, 123)]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return transformers.CLIPTokenizer(
-            vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77
-        )
 
 
 def test_a_saved_pipeline_is_loaded_and_generates(saved: Path) -> None:
