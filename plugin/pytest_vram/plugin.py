@@ -220,7 +220,6 @@ class Manager:
 
     # Collection
 
-    @pytest.hookimpl
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "vram_case" not in metafunc.fixturenames:
             return
@@ -341,13 +340,13 @@ class Manager:
         from time import monotonic
 
         from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
-        from pytest_vram.report.summary import LEGEND, summary, where_time_went
+        from pytest_vram.report.summary import legend, summary, where_time_went
 
         terminalreporter.section("VRAM")
         run = session.journal.run if session.journal else None
         table = summary(session.records, run.aliases if run else {}, ASSUMED_CONTEXT_BYTES)
         terminalreporter.write_line(table)
-        terminalreporter.write_line(LEGEND)
+        terminalreporter.write_line(legend(ASSUMED_CONTEXT_BYTES))
         if session.options.device != "meta":
             spent = monotonic() - session.began
             terminalreporter.write_line(where_time_went(session.fresh, spent))

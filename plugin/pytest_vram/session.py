@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,7 @@ class SweepSession:
                 )
             models[model.name] = model
             names[folder] = model.name
-        return Overrides(
-            models=tuple(names.get(name, name) for name in overrides.models or ()),
-            optimizations=overrides.optimizations,
-            resolutions=overrides.resolutions,
-            batch_sizes=overrides.batch_sizes,
-            steps=overrides.steps,
-        )
+        return replace(overrides, models=tuple(names.get(name, name) for name in overrides.models or ()))
 
     # The sweep
 

@@ -133,11 +133,6 @@ def test_a_message_says_where_the_value_stands(axis: str, value: Any, problem: s
         assert message.startswith(f"m.toml: sweeps.s.blocks.a.exclude.1.{axis}: {problem}")
 
 
-def test_an_override_is_named_as_it_was_given() -> None:
-    overrides = Overrides(models=("x",), option_names={"models": "--models"})
-    assert refusal({}, overrides).startswith("--models: unknown model 'x'")
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,12 +64,6 @@ class Overrides:
     resolutions: tuple[str, ...] | None = None
     batch_sizes: tuple[int, ...] | None = None
     steps: int | None = None
-    option_names: Mapping[str, str] = field(
-        default_factory=lambda: {
-            axis: f"--vram-{axis.replace('_', '-')}"
-            for axis in ("models", "optimizations", "resolutions", "batch_sizes")
-        }
-    )
 
 
 def read_sweep(path: Path, name: str) -> Sweep:
@@ -150,7 +144,7 @@ def _axes(
     def axis(name: str, from_block: Sequence[T], from_option: Sequence[T] | None) -> tuple[Sequence[T], str]:
         if from_option is None:
             return from_block, f"{where}.{name}"
-        return from_option, overrides.option_names[name]
+        return from_option, f"--vram-{name.replace('_', '-')}"
 
     names, names_at = axis("models", block.models, overrides.models)
     sets, sets_at = axis("optimizations", block.optimizations, overrides.optimizations)

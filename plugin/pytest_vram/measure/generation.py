@@ -281,7 +281,7 @@ def requested_bytes(message: str) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
-def save_images(output: Any, folder: Path, case_id: str) -> list[str]:
+def save_images(output: Any, folder: Path, case_id: str) -> None:
     """Write the images of one call as PNG; the names hold nothing but letters, digits and `+-_.`"""
     import numpy
     from PIL import Image
@@ -290,9 +290,5 @@ def save_images(output: Any, folder: Path, case_id: str) -> list[str]:
     stem = re.sub(r"[^A-Za-z0-9+_-]+", "_", case_id).strip("_")
     images = output.images if hasattr(output, "images") else output.frames[0]
     pixels = torch.nan_to_num(images.cpu().float()).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
-    names = []
     for number, image in enumerate(numpy.asarray(pixels)):
-        name = f"{stem}_{number}.png"
-        Image.fromarray(image).save(folder / name)
-        names.append(name)
-    return names
+        Image.fromarray(image).save(folder / f"{stem}_{number}.png")

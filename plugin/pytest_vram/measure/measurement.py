@@ -70,7 +70,6 @@ class _Run:
     telemetry: list[RoundTelemetry] = field(default_factory=list)
     context: int | None = None
     output_tail: str = ""
-    seconds: float = 0.0
 
 
 def measure(case: Case, model: Model, machine: Machine, settings: Settings, say: Say) -> Record:
@@ -142,7 +141,6 @@ def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, 
     finally:
         run.output_tail = worker.output_tail()
         worker.kill()
-        run.seconds = time.monotonic() - began
     return run
 
 

@@ -89,7 +89,6 @@ class Trace(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.count = self.live = self.peak = 0
-        self.workspaces = 0
         self._storages: dict[int, Any] = {}
         self._shapes: dict[Any, Any] = {}
         self._used_cublas = False
