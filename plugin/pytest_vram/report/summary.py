@@ -15,9 +15,10 @@ WIDTH = 100
 
 def legend(assumed_context: int) -> str:
     """What the columns of the summary are; `assumed_context` in bytes."""
+    assumed = f"{assumed_context >> 20} MiB"
     return f"""\
 GiB. required: the free memory a card must have; ~ is estimated: the simulated need, and the context that was
-measured, or {assumed_context >> 20} MiB. call s: one call, median. full s: a call of the model's native steps, calculated.
+measured, or {assumed}. call s: one call, median. full s: a call of the model's native steps, calculated.
 alloc.: peak of tensors. reserv.: peak of PyTorch's pool. NVML: peak of the process, as nvidia-smi shows it.
 s/step: one call of the denoiser. img/s: images a second."""
 
