@@ -13,7 +13,7 @@ from pytest_vram.errors import UsageError
 from pytest_vram.measure import environment
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.machine import Device, Machine, start_machine
-from pytest_vram.measure.measurement import CaseInterrupted, Settings, measure
+from pytest_vram.measure.measurement import SEARCH_INTERRUPTED, CaseInterrupted, Estimated, Settings, job_of, measure
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
@@ -210,12 +210,12 @@ class SweepSession:
                 raise UsageError(
                     f"--vram-resume: {found} measured {record.id} with other steps or weights; give the same options"
                 )
-        return found.with_suffix(".json"), [record for record in old.records if record.status in DONE]
+        return found.with_suffix(".json"), [record for record in old.records if _is_done(record)]
 
     @staticmethod
     def _known(records: dict[str, Record], case: Case) -> Record | None:
         record = records.get(case.id)
-        return record if record is not None and record.case == case and record.status in DONE else None
+        return record if record is not None and record.case == case and _is_done(record) else None
 
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
@@ -224,16 +224,18 @@ class SweepSession:
             return known
         if self.options.device == "meta":
             return self._estimate(plan)
+        outcome: dict[str, Any] = {}
+        if self.estimates and not impossible(plan.case.optimizations, self.options.device):
+            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
+        estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
+        job = job_of(plan.case, plan.model)
         try:
-            record = measure(plan.case, plan.model, self.machine, self.options.settings, self.say)
+            record = measure(plan.case, job, self.machine, self.options.settings, self.say, estimated)
         except CaseInterrupted as interrupt:
             if self.journal:
                 self.journal.add(interrupt.record)
             raise KeyboardInterrupt from None
-        if self.estimates and record.status != "skipped":
-            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
-            record = with_estimate(record, outcome)
-        return record
+        return with_estimate(record, outcome) if outcome else record
 
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
@@ -294,3 +296,8 @@ class SweepSession:
     def records(self) -> list[Record]:
         """What the run holds now."""
         return list(self.journal.records.values()) if self.journal else []
+
+
+def _is_done(record: Record) -> bool:
+    """Whether a resumed sweep need not measure this case again."""
+    return record.status in DONE and record.unavailable.get("memory.need_bytes") != SEARCH_INTERRUPTED

@@ -1,10 +1,10 @@
-"""One case: a model × optimizations × resolution × batch size, and the sizes that people write."""
+"""One case: a model × optimizations × resolution × batch size, or a test of one's own; and how people write sizes."""
 
 import contextlib
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from pytest_vram.errors import UsageError
 
@@ -43,10 +43,52 @@ class Case(BaseModel):
         if self.frames:
             parts.append(f"f{self.frames}")
         parts.append(f"b{self.batch_size}")
-        if self.limit_bytes:
-            gib = self.limit_bytes / 2**30
-            parts.append(f"{gib:g}GiB" if round(gib, 2) == gib else f"{self.limit_bytes / 2**20:g}MiB")
-        return tuple(parts)
+        return (*parts, *_limit_label(self.limit_bytes))
+
+
+class OwnCase(BaseModel):
+    """A test that measures a pipeline of its own, by the functions that build and call it.
+
+    `model` is the test's file, `test` its name there; `build` and `call` read `file:function`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: str = Field(min_length=1, max_length=500)
+    test: str = Field(min_length=1, max_length=500)
+    build: str = Field(min_length=1, max_length=1000)
+    call: str = Field(min_length=1, max_length=1000)
+    limit_bytes: int | None = Field(default=None, gt=0)
+
+    @property
+    def id(self) -> str:
+        """The test's node id."""
+        return f"{self.model}::{'/'.join(self.labels)}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the id says beside the file."""
+        return (self.test, *_limit_label(self.limit_bytes))
+
+    @property
+    def optimizations(self) -> tuple[str, ...]:
+        """None that we know of: they are in `build`."""
+        return ()
+
+
+def _kind(value: Any) -> str:
+    own = "build" in value if isinstance(value, dict) else isinstance(value, OwnCase)
+    return "own" if own else "sweep"
+
+
+AnyCase = Annotated[Annotated[Case, Tag("sweep")] | Annotated[OwnCase, Tag("own")], Discriminator(_kind)]
+
+
+def _limit_label(limit_bytes: int | None) -> tuple[str, ...]:
+    if not limit_bytes:
+        return ()
+    gib = limit_bytes / 2**30
+    return (f"{gib:g}GiB" if round(gib, 2) == gib else f"{limit_bytes / 2**20:g}MiB",)
 
 
 def parse_bytes(text: str, option: str) -> int:

@@ -1,4 +1,4 @@
-"""The worker's task: build the pipeline of one case, call it, and report what that took."""
+"""The worker's task: build a pipeline, call it, and report what that took; or probe whether it fits under a cap."""
 
 import gc
 import math
@@ -8,109 +8,19 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from pytest_vram.cases.case import Case
-from pytest_vram.cases.models import Model
 from pytest_vram.measure.channel import Message
-from pytest_vram.measure.phases import Phases
+from pytest_vram.measure.device import device_of
+from pytest_vram.measure.subject import subject_of
 from pytest_vram.measure.worker import Reporter
-from pytest_vram.pipelines.build import (
-    call_arguments,
-    denoiser_calls,
-    networks,
-    pretrained_pipeline,
-    random_pipeline,
-    weights_bytes,
-)
-from pytest_vram.pipelines.optimizations import chosen, torch_dtype
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
+PROBE_STEPS = 2  # memory is the same in every step: the second has whatever the first leaves behind
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE)
-
-
-class Device(Protocol):
-    """Clock and memory counters of what runs the pipeline."""
-
-    def mark(self) -> Any: ...
-
-    def seconds(self, begin: Any, end: Any) -> float: ...
-
-    def synchronize(self) -> None: ...
-
-    def take_peak(self) -> int | None:
-        """The allocated peak in bytes since the last call of this method."""
-
-    def totals(self) -> dict[str, int | None]: ...
-
-    def out_of_memory_errors(self) -> int: ...
-
-
-class Cuda:
-    """Time by CUDA events, memory by PyTorch's allocator."""
-
-    name = "cuda"
-
-    def __init__(self) -> None:
-        self._allocated_peak = self._reserved_peak = 0
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end)) / 1000
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-    def take_peak(self) -> int | None:
-        stats = torch.cuda.memory_stats()
-        peak = stats.get("allocated_bytes.all.peak", 0)
-        self._allocated_peak = max(self._allocated_peak, peak)
-        self._reserved_peak = max(self._reserved_peak, stats.get("reserved_bytes.all.peak", 0))
-        torch.cuda.reset_peak_memory_stats()
-        return peak or None
-
-    def totals(self) -> dict[str, int | None]:
-        self.take_peak()
-        return {
-            "allocated_peak_bytes": self._allocated_peak or None,
-            "reserved_peak_bytes": self._reserved_peak or None,
-            "reserved_bytes": torch.cuda.memory_reserved(),
-            "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries"),
-        }
-
-    def out_of_memory_errors(self) -> int:
-        return int(torch.cuda.memory_stats().get("num_ooms", 0))
-
-
-class Cpu:
-    """Time by the wall clock; the host has no allocator statistics."""
-
-    name = "cpu"
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        return float(end - begin)
-
-    def synchronize(self) -> None:
-        return None
-
-    def take_peak(self) -> int | None:
-        return None
-
-    def totals(self) -> dict[str, int | None]:
-        return {}
-
-    def out_of_memory_errors(self) -> int:
-        return 0
 
 
 def run(job: Message, reporter: Reporter) -> None:
@@ -120,15 +30,11 @@ def run(job: Message, reporter: Reporter) -> None:
 
 class _Generation:
     def __init__(self, job: Message, reporter: Reporter) -> None:
-        self.case = Case.model_validate(job["case"])
-        self.model = Model.model_validate(job["model"])
-        self.device: Device = Cuda() if job["device"] == "cuda" else Cpu()
+        self.job, self.reporter = job, reporter
+        self.subject = subject_of(job)
         self.place: str = job["device"]
-        self.wanted_rounds: int | None = job["rounds"]
+        self.device = device_of(self.place)
         self.deadline = time.monotonic() + job["timeout_s"]
-        self.budget_s: float = job["round_budget_s"]
-        self.save_images: str | None = job["save_images"]
-        self.reporter = reporter
         self.phase = "load"
         self.peaks: dict[str, int] = {}
         self.marks: list[tuple[str, Any]] = []
@@ -148,7 +54,10 @@ class _Generation:
                     torch.cuda.set_per_process_memory_fraction(min(1.0, answer["cap_bytes"] / total))
             pipe = self.load()
             ooms = self.device.out_of_memory_errors()
-            self.generate(pipe)
+            if self.job.get("probe"):
+                self.probe(pipe)
+            else:
+                self.generate(pipe)
         except Exception as error:
             self.fail(error, ooms)
         else:
@@ -159,20 +68,20 @@ class _Generation:
         self.reporter.send("phase", phase="load")
         self.device.take_peak()
         began = time.perf_counter()
-        optimizations = chosen(self.case.optimizations)
-        dtype = torch_dtype(self.case.optimizations)
-        place = "cpu" if any(o.offloads for o in optimizations) else self.place
-        torch.manual_seed(self.case.seed)
-        build = pretrained_pipeline if self.case.weights == "pretrained" else random_pipeline
-        pipe = build(self.model, dtype, place)
-        weights = weights_bytes(networks(pipe))
-        for optimization in optimizations:
-            optimization.apply(pipe)
+        pipe = self.subject.build(self.place)
         self.device.synchronize()
-        self.found |= {"load_s": time.perf_counter() - began, "weights_bytes": weights}
-        self.seen = {o.name: o.watch(pipe, self.model.denoiser) for o in optimizations}
-        self.phases = Phases(pipe, self.model.denoiser, self.enter)
+        self.found |= {"load_s": time.perf_counter() - began, "weights_bytes": self.subject.weights(pipe)}
+        self.seen = self.subject.watch(pipe)
+        self.phases = self.subject.phases(pipe, self.enter)
         return pipe
+
+    def probe(self, pipe: Any) -> None:
+        """Two calls: small tensors of the second split blocks that the first has left."""
+        self.call(pipe, PROBE_STEPS)
+        retries = self.device.totals().get("alloc_retries") or 0
+        self.found["second_call"] = self.call(pipe, PROBE_STEPS)
+        self.found["second_call_retries"] = (self.device.totals().get("alloc_retries") or 0) - retries
+        self.found["denoiser_calls"] = self.phases.denoiser_calls
 
     def generate(self, pipe: Any) -> None:
         """Cold call, pilot call, rounds."""
@@ -183,7 +92,7 @@ class _Generation:
         pilot_s = sum(self.call(pipe).values())
         self.found["warmup_s"] = time.perf_counter() - began
         self.found["effects"] = {n: "applied" if seen() else "no_effect" for n, seen in self.seen.items()}
-        rounds = self.wanted_rounds or self.rounds_for(pilot_s)
+        rounds = self.job["rounds"] or self.rounds_for(pilot_s)
         self.track_memory = False
         gc.collect()
         gc.freeze()  # what is alive now stays: later collections need not walk it
@@ -196,28 +105,29 @@ class _Generation:
         self.found["rounds_wall_s"] = time.perf_counter() - began
         self.found["rounds"] = durations
         self.found["denoiser_calls"] = self.phases.denoiser_calls
-        self.found["native_denoiser_calls"] = denoiser_calls(pipe, self.model.native.steps)
-        if self.save_images:
+        self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe)
+        self.found["native_steps"] = self.subject.native_steps
+        self.found["images"] = self.subject.images(self.output)
+        if self.job["save_images"]:
             self.found |= self.totals()
             try:
-                save_images(self.output, Path(self.save_images), self.case.id)
+                save_images(self.output, Path(self.job["save_images"]), self.job["id"])
             except OSError as error:  # the measurement is not lost for it
                 self.found["images_error"] = str(error)
 
     def rounds_for(self, pilot_s: float) -> int:
         """As many rounds as the budget has, from 5 to 30, but no more than end before the timeout."""
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(self.budget_s / pilot_s)))
+        budget_s: float = self.job["round_budget_s"]
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(budget_s / pilot_s)))
         left_s = 0.8 * (self.deadline - time.monotonic())
         return max(1, min(rounds, int(left_s / pilot_s)))
 
-    def call(self, pipe: Any, keep_output: bool = False) -> dict[str, float]:
+    def call(self, pipe: Any, steps: int | None = None, keep_output: bool = False) -> dict[str, float]:
         """One call from prompts to pixels: seconds by phase."""
-        generator = torch.Generator(self.place).manual_seed(self.case.seed)
-        arguments = call_arguments(pipe, self.case, generator)
         self.marks = []
         self.device.synchronize()
         self.phases.begin()
-        output = pipe(**arguments)
+        output = self.subject.call(pipe, self.place, steps)
         self.marks.append(("end", self.device.mark()))
         self.device.synchronize()
         self.take_peak()
@@ -248,15 +158,15 @@ class _Generation:
 
     def fail(self, error: Exception, ooms_before: int) -> None:
         """A failure is a result: where, why, and what was held until then."""
-        ran_out = out_of_memory(error)
-        if not ran_out and self.place == "cuda":  # some pipelines swallow the error and die of the next one
-            ran_out = self.device.out_of_memory_errors() > ooms_before
+        plainly = out_of_memory(error)  # some pipelines swallow that error and die of the next one
+        swallowed = not plainly and self.device.out_of_memory_errors() > ooms_before
         traceback.print_exception(error)  # into the worker's output, whose end goes into the record
         sys.stderr.flush()
         message = f"{type(error).__name__}: {error}"
         self.reporter.ask(
             "failed",
-            status="oom" if ran_out else "error",
+            status="oom" if plainly or swallowed else "error",
+            swallowed=swallowed,
             phase=self.phase,
             requested_bytes=requested_bytes(message),
             message=message,

@@ -4,11 +4,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from pytest_vram.cases.case import Case
+from pytest_vram.cases.case import AnyCase, Case
 from pytest_vram.cases.models import Model
 from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
@@ -16,12 +16,14 @@ from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
 from pytest_vram.measure.machine import Machine
+from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, impossible
 from pytest_vram.records.schema import (
     NVML_SLACK_BYTES,
     Failure,
     Memory,
+    Phase,
     PhaseCost,
     Record,
     RoundTelemetry,
@@ -33,7 +35,8 @@ from pytest_vram.records.schema import (
 )
 
 GENERATION = "pytest_vram.measure.generation:run"
-NO_NEED_SEARCH = "the need is not searched"
+NEED_FIELDS = ("memory.need_bytes", "memory.need_tolerance_bytes", "memory.required_bytes", "time.at_need_s")
+SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Settings:
     save_images: str | None = None
     workers: int = 1
     interval_s: float | None = MEMORY_INTERVAL_S
+    need: bool = True
     task: str = GENERATION
 
 
@@ -61,6 +65,14 @@ class CaseInterrupted(KeyboardInterrupt):
         self.record = record
 
 
+@dataclass(frozen=True)
+class Estimated:
+    """What the estimate of a case says; bytes."""
+
+    need: int
+    allocated_peak: int
+
+
 @dataclass
 class _Run:
     """What one worker reported."""
@@ -71,9 +83,26 @@ class _Run:
     context: int | None = None
     output_tail: str = ""
 
+    @property
+    def done(self) -> bool:
+        return bool(self.outcome["event"] == "done")
 
-def measure(case: Case, model: Model, machine: Machine, settings: Settings, say: Say) -> Record:
+
+def job_of(case: Case, model: Model) -> Message:
+    """What a worker must know of a case of a sweep."""
+    return {
+        "id": case.id,
+        "case": case.model_dump(mode="json"),
+        "model": model.model_dump(mode="json", by_alias=True),
+    }
+
+
+def measure(
+    case: AnyCase, job: Message, machine: Machine, settings: Settings, say: Say, estimated: Estimated | None = None
+) -> Record:
     """Measure one case; whatever goes wrong in its worker is part of the record.
+
+    `job` describes the case to a worker; `estimated` is where the search for the need starts.
 
     Raises:
         CaseInterrupted: at Ctrl-C, with the record; the worker is gone then.
@@ -83,83 +112,146 @@ def measure(case: Case, model: Model, machine: Machine, settings: Settings, say:
         nothing = {"memory": "skipped", "time": "skipped"}
         return Record(status="skipped", reason=reason, unavailable=nothing, **common)
     began = time.monotonic()
-    runs: list[_Run] = []
+    measurer = _Measurer(case, job, machine, settings, say)
     try:
-        for _ in range(settings.workers):
-            run = _limited(case, model, machine, settings, say)
-            runs.append(run)
-            if run.outcome["event"] != "done":
-                break
+        runs = measurer.rounds()
     except KeyboardInterrupt:
         wall = Wall(total_s=time.monotonic() - began)
         failure = Failure(message="interrupted")
         nothing = {"memory": "interrupted", "time": "interrupted"}
         record = Record(status="error", failure=failure, wall=wall, unavailable=nothing, **common)
         raise CaseInterrupted(record) from None
-    return _record(case, model, machine, runs, time.monotonic() - began, common)
-
-
-def _limited(case: Case, model: Model, machine: Machine, settings: Settings, say: Say) -> _Run:
-    """One worker; under a limit once more where its context grew beyond what was set aside for it."""
-    context = machine.context_bytes
-    run = _one_worker(case, model, machine, settings, say, context)
-    grown = run.context or 0
-    reserved = run.outcome.get("reserved_peak_bytes") or 0
-    if case.limit_bytes and run.outcome["event"] == "done" and grown + reserved > case.limit_bytes:
-        machine.context_bytes = max(context, grown)
-        run = _one_worker(case, model, machine, settings, say, machine.context_bytes)
-    return run
-
-
-def _one_worker(case: Case, model: Model, machine: Machine, settings: Settings, say: Say, context: int) -> _Run:
-    environ = dict(PRELOAD_ENVIRON)
-    for optimization in chosen(case.optimizations):
-        environ |= optimization.environ
-    sampler = Sampler(machine.gpu if settings.interval_s else None, -1, machine.baseline())
-    began = time.monotonic()
+    record = _record(case, machine, runs, time.monotonic() - began, common)
     try:
-        worker = machine.starter.start(settings.task, environ)
-    except StartError as error:
-        return _Run({"event": "failed", "status": "error", "message": str(error)}, sampler)
-    sampler.pid = worker.pid
-    job = {
-        "case": case.model_dump(mode="json"),
-        "model": model.model_dump(mode="json", by_alias=True),
-        "device": machine.device,
-        "rounds": settings.rounds,
-        "round_budget_s": settings.round_budget_s,
-        "timeout_s": settings.timeout_s,
-        "save_images": settings.save_images,
-    }
-    run = _Run({}, sampler)
-    conversation = _Conversation(worker, run, settings, say, began + settings.timeout_s)
-    try:
-        worker.channel.send(job)
-        conversation.hold(case.limit_bytes, context)
-    except Closed:
-        conversation.fail("error", _died(worker, conversation.phase))
-    finally:
-        run.output_tail = worker.output_tail()
-        worker.kill()
-    return run
+        need = measurer.need(record, estimated)
+    except KeyboardInterrupt:
+        raise CaseInterrupted(_without_need(record, SEARCH_INTERRUPTED)) from None
+    except NoNeed as error:
+        return _without_need(record, without_paths(str(error)))
+    return _with_need(record, need, time.monotonic() - began)
+
+
+class _Measurer:
+    """The workers of one case, one after the other."""
+
+    def __init__(self, case: AnyCase, job: Message, machine: Machine, settings: Settings, say: Say) -> None:
+        self.case, self.machine, self.settings, self.say = case, machine, settings, say
+        self._room = 0
+        self._swallows: bool | None = None  # whether the pipeline is known to turn an out-of-memory into another error
+        self.job = {
+            **job,
+            "device": machine.device,
+            "rounds": settings.rounds,
+            "round_budget_s": settings.round_budget_s,
+            "timeout_s": settings.timeout_s,
+            "save_images": settings.save_images,
+        }
+
+    def rounds(self) -> list[_Run]:
+        """As many workers as were asked for, or up to the first that fails."""
+        runs: list[_Run] = []
+        while len(runs) < self.settings.workers and all(run.done for run in runs):
+            runs.append(self._limited())
+        return runs
+
+    def _limited(self) -> _Run:
+        """One worker; under a limit once more where its context grew beyond what was set aside for it."""
+        limit, context = self.case.limit_bytes, self.machine.context_bytes
+        run = self._worker(None if limit is None else limit - context)
+        grown = run.context or 0
+        reserved = run.outcome.get("reserved_peak_bytes") or 0
+        if limit and run.done and grown + reserved > limit:
+            self.machine.context_bytes = max(context, grown)
+            run = self._worker(limit - self.machine.context_bytes)
+        return run
+
+    def need(self, record: Record, estimated: Estimated | None) -> Need:
+        """Search the need with fresh workers.
+
+        Raises:
+            NoNeed: when it was not to be searched, or cannot be found.
+        """
+        memory = record.memory
+        if self.machine.device != "cuda":
+            raise NoNeed("there is no GPU memory to cap")
+        if record.status != "ok" or not memory.reserved_peak_bytes or not memory.allocated_peak_bytes:
+            raise NoNeed("the case did not complete")
+        if not self.settings.need:
+            raise NoNeed("not searched (--vram-no-need)")
+        guess, spread = memory.allocated_peak_bytes, ALLOCATED_SPREAD
+        if estimated:  # what the estimate has wrong of the allocated peak it probably has wrong of the need
+            guess = estimated.need * memory.allocated_peak_bytes // estimated.allocated_peak
+            spread = ESTIMATE_SPREAD
+        self._room = memory.reserved_peak_bytes
+        return search(self._probe, guess, spread, self._room)
+
+    def _probe(self, cap: int) -> Probe:
+        self.say(f"need: does it fit into {cap >> 20} MiB?")
+        outcome = self._worker(cap, probe=True).outcome
+        if outcome["event"] == "done":
+            return Probe(
+                cap,
+                True,
+                outcome["reserved_peak_bytes"],
+                outcome["second_call"],
+                outcome["denoiser_calls"],
+                outcome["second_call_retries"],
+            )
+        memory_is_why = outcome["status"] == "oom"
+        if outcome.get("swallowed") and cap < self._room:  # memory ran out, and another error ended it: see whether
+            if self._swallows is None:  # that one comes with room too
+                self._swallows = self._worker(self._room, probe=True).done
+            memory_is_why = self._swallows
+        if not memory_is_why:
+            raise NoNeed(f"under a cap of {cap >> 20} MiB it failed, but not for memory: {outcome['message']}")
+        return Probe(cap, False)
+
+    def _worker(self, cap: int | None, *, probe: bool = False) -> _Run:
+        environ = dict(PRELOAD_ENVIRON)
+        for optimization in chosen(self.case.optimizations):
+            environ |= optimization.environ
+        machine, settings = self.machine, self.settings
+        interval_s = None if probe else settings.interval_s
+        sampler = Sampler(machine.gpu if interval_s else None, -1, machine.baseline())
+        began = time.monotonic()
+        try:
+            worker = machine.starter.start(settings.task, environ)
+        except StartError as error:
+            return _Run({"event": "failed", "status": "error", "message": str(error)}, sampler)
+        sampler.pid = worker.pid
+        run = _Run({}, sampler)
+        conversation = _Conversation(worker, run, interval_s, self.say, began, settings.timeout_s)
+        if probe:
+            conversation.say = lambda _: None
+        try:
+            worker.channel.send({**self.job, "probe": probe})
+            conversation.hold(None if cap is None else max(1 << 20, cap))
+        except Closed:
+            conversation.fail("error", _died(worker, conversation.phase))
+        finally:
+            run.output_tail = worker.output_tail()
+            worker.kill()
+        return run
 
 
 class _Conversation:
     """From the job to the outcome, sampling between the messages."""
 
-    def __init__(self, worker: Worker, run: _Run, settings: Settings, say: Say, deadline: float) -> None:
-        self.worker, self.run, self.settings, self.say = worker, run, settings, say
-        self.deadline = deadline
+    def __init__(
+        self, worker: Worker, run: _Run, interval_s: float | None, say: Say, began: float, timeout_s: float
+    ) -> None:
+        self.worker, self.run, self.interval_s, self.say = worker, run, interval_s, say
+        self.deadline, self.timeout_s = began + timeout_s, timeout_s
         self.phase: str | None = "load"
         self.rounds: int | None = None
         self.found: Message = {}
 
-    def hold(self, limit: int | None, context: int) -> None:
-        """Raises Closed when the worker dies."""
+    def hold(self, cap: int | None) -> None:
+        """`cap` is for PyTorch's allocator, in bytes. Raises Closed when the worker dies."""
         channel, sampler = self.worker.channel, self.run.sampler
         while not self.run.outcome:
-            message = channel.receive(self.settings.interval_s or 0.5)
-            if self.settings.interval_s:
+            message = channel.receive(self.interval_s or 0.5)
+            if self.interval_s:
                 sampler.sample(states=self.rounds is not None)
             if message is None:
                 if time.monotonic() > self.deadline:
@@ -167,7 +259,7 @@ class _Conversation:
                 continue
             event = message["event"]
             if event == "context":
-                channel.send({"cap_bytes": None if limit is None else max(1 << 20, limit - context)})
+                channel.send({"cap_bytes": cap})
             elif event == "phase":
                 self.phase = message["phase"] if message["phase"] == "load" else None
                 self.say(message["phase"])
@@ -182,14 +274,14 @@ class _Conversation:
 
     def _finish(self, message: Message) -> None:
         """The worker waits, holding all it held: the moment to see what is outside the allocator."""
-        if self.settings.interval_s:
+        if self.interval_s:
             self.run.sampler.sample()
             self.run.context = self.run.sampler.held_outside(message.get("reserved_bytes") or 0)
         self.run.outcome = message
 
     def _time_out(self) -> None:
         where = f" in {self.phase}" if self.phase else ""
-        self.fail("timeout", f"no result within {self.settings.timeout_s:g} s{where} (--vram-timeout)")
+        self.fail("timeout", f"no result within {self.timeout_s:g} s{where} (--vram-timeout)")
 
     def fail(self, status: str, message: str) -> None:
         """The worker says no more: what it had found before the rounds is kept."""
@@ -219,12 +311,10 @@ def _died(worker: Worker, phase: str | None) -> str:
 # From what the workers reported to a record
 
 
-def _record(
-    case: Case, model: Model, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]
-) -> Record:
+def _record(case: AnyCase, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]) -> Record:
     """The record; where the figures cannot be true it says so instead of showing them."""
     try:
-        record = _found(case, model, machine, runs, seconds, common)
+        record = _found(case, machine, runs, seconds, common)
         problem = above_the_card(record, machine.memory_bytes) if machine.memory_bytes else None
     except ValidationError as error:
         places = (".".join(str(part) for part in e["loc"]) for e in error.errors())
@@ -238,9 +328,7 @@ def _record(
     return Record(status="error", failure=failure, wall=wall, unavailable=reason, **common)
 
 
-def _found(
-    case: Case, model: Model, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]
-) -> Record:
+def _found(case: AnyCase, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]) -> Record:
     outcome = runs[-1].outcome
     done = outcome["event"] == "done"
     memory, unavailable = _memory(machine, runs)
@@ -260,7 +348,7 @@ def _found(
         ),
     }
     if done and all(run.outcome["rounds"] for run in runs):
-        fields["time"] = _time(case, model, runs)
+        fields["time"] = _time(case, runs)
         if any(run.telemetry and all(nvml.ABNORMAL & set(s.throttle) for s in run.telemetry) for run in runs):
             throttled = "every round of a worker ran on a throttled GPU"
             fields["disturbed"] = "; ".join(filter(None, [fields["disturbed"], throttled]))
@@ -280,14 +368,45 @@ def _found(
     return Record(unavailable=unavailable, **fields)
 
 
+def _with_need(record: Record, need: Need, seconds: float) -> Record:
+    """The record with what the search found; without it where that cannot be true."""
+    context = record.memory.context_bytes
+    at = need.at
+    phase = {name: at.seconds.get(name, 0.0) for name in ("encode", "denoise", "decode", "call")}
+    step = phase["denoise"] / max(1, at.denoiser_calls)
+    calls = record.time.denoiser_calls or at.denoiser_calls
+    found = record.model_dump()
+    found["memory"] |= {
+        "need_bytes": need.bytes,
+        "need_tolerance_bytes": need.tolerance,
+        "required_bytes": None if context is None else need.bytes + context,
+        "at_need_alloc_retries": at.retries,
+    }
+    found["time"]["at_need_s"] = phase["encode"] + calls * step + phase["decode"] + phase["call"]
+    found["wall"] |= {"total_s": seconds, "need_s": seconds - found["wall"]["total_s"], "probes": need.probes}
+    if context is None:
+        found["unavailable"]["memory.required_bytes"] = "the context is not known"
+    else:
+        del found["unavailable"]["memory.required_bytes"]
+    for key in NEED_FIELDS:
+        if key != "memory.required_bytes":
+            found["unavailable"].pop(key, None)
+    found["unavailable"].pop("memory.at_need_alloc_retries", None)
+    try:
+        return Record.model_validate(found)
+    except ValidationError as error:
+        return _without_need(record, f"impossible figures: {error.errors()[0]['msg']}")
+
+
+def _without_need(record: Record, reason: str) -> Record:
+    """The record, with the reason why it has no need."""
+    return record.model_copy(update={"unavailable": {**record.unavailable, **dict.fromkeys(NEED_FIELDS, reason)}})
+
+
 def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]:
     outcome, sampler = runs[-1].outcome, runs[-1].sampler
     unavailable = {
         **machine.cannot,
-        "memory.need_bytes": NO_NEED_SEARCH,
-        "memory.need_tolerance_bytes": NO_NEED_SEARCH,
-        "memory.required_bytes": NO_NEED_SEARCH,
-        "time.at_need_s": NO_NEED_SEARCH,
         "memory.estimated_need_bytes": "not estimated",
         "energy_j_per_image": "not measured",
     }
@@ -328,7 +447,7 @@ def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]
     if outcome["event"] == "done" and machine.device != "cpu" and sampler.gpu is None:
         missing = machine.cannot.get("memory.nvml_process_peak_bytes", "NVML was not sampled")
     for key, value in memory.model_dump().items():
-        if value is None and key != "estimated_allocated_peak_bytes":
+        if value is None and not key.startswith(("estimated_allocated", "at_need")):
             unavailable.setdefault(f"memory.{key}", missing)
     return memory, unavailable
 
@@ -337,7 +456,7 @@ def _phases(runs: list[_Run]) -> dict[str, PhaseCost]:
     """Median seconds over all rounds of all workers, and the highest allocated peak."""
     rounds = [r for run in runs for r in run.outcome.get("rounds", [])]
     phases = {}
-    for name in ("load", "encode", "denoise", "decode"):
+    for name in get_args(Phase):
         peaks = [run.outcome.get("phase_peaks", {}).get(name, 0) for run in runs]
         if name == "load":
             times = [run.outcome["load_s"] for run in runs if "load_s" in run.outcome]
@@ -349,7 +468,7 @@ def _phases(runs: list[_Run]) -> dict[str, PhaseCost]:
     return phases
 
 
-def _time(case: Case, model: Model, runs: list[_Run]) -> Time:
+def _time(case: AnyCase, runs: list[_Run]) -> Time:
     """Rounds of a throttled GPU are discarded, unless no other is left."""
     workers: list[WorkerTime] = []
     kept_rounds: list[dict[str, float]] = []
@@ -367,14 +486,16 @@ def _time(case: Case, model: Model, runs: list[_Run]) -> Time:
     phase = {name: statistics.median(r.get(name, 0.0) for r in kept_rounds) for name in ("encode", "denoise", "decode")}
     step = phase["denoise"] / max(1, runs[-1].outcome["denoiser_calls"])
     native_calls = runs[-1].outcome["native_denoiser_calls"]
+    images = runs[-1].outcome["images"]
     full_length = None if native_calls is None else phase["encode"] + native_calls * step + phase["decode"]
     return Time(
         cold_s=runs[0].outcome["cold_s"],
         median_s=median,
         step_s=step or None,
-        images_per_s=case.batch_size / median,
+        images_per_s=None if images is None else images / median,
         full_length_s=full_length,
-        full_length_steps=None if full_length is None else model.native.steps,
+        full_length_steps=None if full_length is None else runs[-1].outcome["native_steps"],
+        denoiser_calls=runs[-1].outcome["denoiser_calls"],
         workers=workers,
         rounds_discarded=discarded,
     )

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+Enter = Callable[[str], None]
+
 
 class Phases:
     """Calls `enter(name)` when the call begins, at the denoiser's first forward and at the VAE's decode.
@@ -10,7 +12,7 @@ class Phases:
     The three phases leave no gap: what the pipeline does between them belongs to the one that went before.
     """
 
-    def __init__(self, pipe: Any, denoiser: str, enter: Callable[[str], None]) -> None:
+    def __init__(self, pipe: Any, denoiser: str, enter: Enter) -> None:
         self._enter = enter
         self.current = "load"
         self.denoiser_calls = 0  # of the call that goes on, or went last
@@ -37,3 +39,16 @@ class Phases:
         if name != self.current:
             self.current = name
             self._enter(name)
+
+
+class WholeCall:
+    """A pipeline of a form that is not known: all of a call is one phase, `call`."""
+
+    denoiser_calls = 0
+
+    def __init__(self, enter: Enter) -> None:
+        self._enter = enter
+
+    def begin(self) -> None:
+        """A call begins."""
+        self._enter("call")

@@ -1,7 +1,7 @@
 """Builds a diffusers pipeline from a model's architecture or from its trained weights, and says how to call it."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ PROMPT = "a bowl of ramen with a soft-boiled egg, photographed from above"
 NEGATIVE_PROMPT = "blurry, low quality"
 NOISE_STD = 0.02  # the initializer range of CLIP; small enough that fp16 activations stay finite
 NOISE_BLOCK = 1 << 20  # elements of the block that host weights repeat: drawing each would take minutes
+SHARED_STRIDE = 256  # elements between the beginnings of weights that share a storage, so that none looks tied
 
 Components = dict[str, torch.nn.Module]
 
@@ -77,27 +78,53 @@ def _dtype(tensor: torch.Tensor, path: str, name: str, kept: set[str], dtype: to
     return torch.float32 if kept & {*path.split("."), name} else dtype
 
 
-def fill_with_noise(module: torch.nn.Module, device: str) -> None:
-    """Replace meta parameters by small normal noise on `device`, and move the buffers there.
+class Noise:
+    """Small normal noise for parameters; zeros would run faster than real data.
 
-    Noise, because zeros run faster than real data. On the host a block of noise is repeated.
+    On the host a block of noise is repeated. With `share`, host parameters are slices of one such tensor for each
+    dtype, each from another offset: what only travels to the GPU needs no memory of its own.
     """
+
+    def __init__(self, device: str, modules: Iterable[torch.nn.Module], *, share: bool = False) -> None:
+        self._device = device
+        self._blocks: dict[torch.dtype, torch.Tensor] = {}
+        self._shared: dict[torch.dtype, torch.Tensor] = {}
+        self._offset = 0
+        if share and device == "cpu":
+            sizes: dict[torch.dtype, list[int]] = {}
+            for module in modules:
+                for parameter in module.parameters():
+                    sizes.setdefault(parameter.dtype, []).append(parameter.numel())
+            for dtype, counts in sizes.items():
+                self._shared[dtype] = self._fill(torch.empty(max(counts) + SHARED_STRIDE * len(counts), dtype=dtype))
+
+    def like(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Noise of this shape and dtype, on the device."""
+        shared = self._shared.get(parameter.dtype)
+        if shared is not None:
+            self._offset += SHARED_STRIDE
+            return shared[self._offset :][: parameter.numel()].view(parameter.shape)
+        return self._fill(torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device))
+
+    def _fill(self, data: torch.Tensor) -> torch.Tensor:
+        if self._device != "cpu":
+            return data.normal_(0, NOISE_STD)
+        if data.dtype not in self._blocks:
+            self._blocks[data.dtype] = torch.empty(NOISE_BLOCK).normal_(0, NOISE_STD).to(data.dtype)
+        for part in data.view(-1).split(NOISE_BLOCK):
+            part.copy_(self._blocks[data.dtype][: part.numel()])
+        return data
+
+
+def fill(module: torch.nn.Module, noise: Noise, device: str) -> None:
+    """Replace meta parameters by noise, and move the buffers to `device`."""
     made: dict[int, torch.nn.Parameter] = {}
-    noise: dict[torch.dtype, torch.Tensor] = {}
     for submodule in module.modules():
         for name, tensor in submodule._parameters.items():
             if tensor is None:
                 continue
             if id(tensor) not in made:
-                data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                if device != "cpu":
-                    data.normal_(0, NOISE_STD)
-                else:
-                    if tensor.dtype not in noise:
-                        noise[tensor.dtype] = torch.empty(NOISE_BLOCK).normal_(0, NOISE_STD).to(tensor.dtype)
-                    for part in data.view(-1).split(NOISE_BLOCK):
-                        part.copy_(noise[tensor.dtype][: part.numel()])
-                made[id(tensor)] = torch.nn.Parameter(data, requires_grad=False)
+                made[id(tensor)] = torch.nn.Parameter(noise.like(tensor), requires_grad=False)
             submodule._parameters[name] = made[id(tensor)]
         for name, buffer in submodule._buffers.items():
             if buffer is not None:
@@ -147,13 +174,12 @@ def pipeline_class(model: Model) -> Any:
     return cls
 
 
-def random_pipeline(model: Model, dtype: torch.dtype, device: str) -> Any:
-    """The pipeline with random weights, its networks on `device`."""
-    components: Components = {}
-    for name, component in model.components.items():
-        module = build_component(component, dtype)
-        fill_with_noise(module, device)
-        components[name] = module
+def random_pipeline(model: Model, dtype: torch.dtype, device: str, *, share: bool = False) -> Any:
+    """The pipeline with random weights, its networks on `device`; on the host they may `share` their storage."""
+    components: Components = {name: build_component(part, dtype) for name, part in model.components.items()}
+    noise = Noise(device, components.values(), share=share)
+    for module in components.values():
+        fill(module, noise, device)
     return assemble(model, components)
 
 

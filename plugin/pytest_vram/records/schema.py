@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pytest_vram.cases.case import Case
+from pytest_vram.cases.case import AnyCase
 
 NVML_SLACK_BYTES = 64 << 20  # NVML was seen to count a process up to this much below the pool it holds
 
 Status = Literal["ok", "oom", "error", "timeout", "skipped"]
-Phase = Literal["load", "encode", "denoise", "decode"]
+Phase = Literal["load", "encode", "denoise", "decode", "call"]  # call: of a pipeline with no such parts
 Bytes = Annotated[int, Field(strict=True, gt=0, lt=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, lt=1e7, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=20_000)]
@@ -25,7 +25,11 @@ class _Part(BaseModel):
 
 
 class Memory(_Part):
-    """Bytes. `*_peak` is the most ever held; need and required are defined in docs/architecture.md."""
+    """Bytes. `*_peak` is the most ever held; need and required are defined in docs/architecture.md.
+
+    `alloc_retries` is how often the allocator emptied its cache and asked again: in all calls with room, and
+    `at_need_alloc_retries` in the second call under a cap of the need.
+    """
 
     weights_bytes: Bytes | None = None
     allocated_peak_bytes: Bytes | None = None
@@ -40,6 +44,7 @@ class Memory(_Part):
     estimated_allocated_peak_bytes: Bytes | None = None
     host_peak_bytes: Bytes | None = None
     alloc_retries: int | None = Field(default=None, strict=True, ge=0)
+    at_need_alloc_retries: int | None = Field(default=None, strict=True, ge=0)
 
 
 class PhaseCost(_Part):
@@ -58,7 +63,8 @@ class WorkerTime(_Part):
 
 class Time(_Part):
     """Seconds of one call, prompt to pixels. `step_s` is one call of the denoiser; `full_length_s` is calculated:
-    encode + the denoiser's calls at the model's native number of steps × step + decode."""
+    encode + the denoiser's calls at the model's native number of steps × step + decode. So is `at_need_s`, the same
+    call as `median_s` under a cap of the need, from the phases of a warm second call of two steps."""
 
     cold_s: Seconds | None = None
     median_s: Seconds | None = None
@@ -67,6 +73,7 @@ class Time(_Part):
     at_need_s: Seconds | None = None
     full_length_s: Seconds | None = None
     full_length_steps: int | None = Field(default=None, gt=0)
+    denoiser_calls: int | None = Field(default=None, ge=0)
     workers: list[WorkerTime] = []
     rounds_discarded: int = Field(default=0, ge=0)
 
@@ -103,13 +110,15 @@ class Wall(_Part):
     load_s: float = Field(default=0, ge=0)
     warmup_s: float = Field(default=0, ge=0)
     rounds_s: float = Field(default=0, ge=0)
+    need_s: float = Field(default=0, ge=0)
+    probes: int = Field(default=0, ge=0)
 
 
 class Record(_Part):
     """Everything found about one case."""
 
     id: str = Field(min_length=1, max_length=500)
-    case: Case
+    case: AnyCase
     status: Status
     reason: Text | None = None
     method: Literal["measured", "estimated"]

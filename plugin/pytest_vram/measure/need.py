@@ -1,0 +1,80 @@
+"""The need: the smallest allocator cap under which a fresh process loads the pipeline and completes two calls."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+MIB = 1 << 20
+LEAST_TOLERANCE = 16 * MIB
+RELATIVE_TOLERANCE = 0.005
+ESTIMATE_SPREAD = 0.01  # half of the estimates are nearer to the need than this share of it; docs/architecture.md
+ALLOCATED_SPREAD = 0.03  # the same for the allocated peak, where there is no estimate
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One fresh process under a cap, in bytes. `seconds` is its warm second call, phase by phase."""
+
+    cap: int
+    fits: bool
+    reserved_peak: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    denoiser_calls: int = 0
+    retries: int | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes; `at` is the probe that completed with this need as its cap, or with no more memory than that."""
+
+    bytes: int
+    tolerance: int
+    at: Probe
+    probes: int
+
+
+class NoNeed(Exception):
+    """No need was found; the message says why."""
+
+
+def tolerance(need: int) -> int:
+    """How wide the last bracket may be, in bytes."""
+    return max(LEAST_TOLERANCE, int(RELATIVE_TOLERANCE * need))
+
+
+def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_peak: int) -> Need:
+    """Halve what the need may be until the bracket is as narrow as the tolerance.
+
+    What it may be is a Cauchy distribution about `guess`, half of it within `spread` times the guess: near the guess it
+    bisects finely, and where the guess is wrong its steps grow. `reserved_peak` is what the case took with room, so
+    under that cap it would go the same way. A process that completes shows the same of its own reserved peak.
+
+    Raises:
+        NoNeed: when the case fails even under a cap of its own reserved peak.
+    """
+    low, high = 0, reserved_peak
+    at: Probe | None = None
+    probes = 0
+    scale = spread * guess
+
+    def try_cap(cap: int) -> Probe:
+        nonlocal probes
+        probes += 1
+        return probe(cap)
+
+    while high - low > tolerance(high):
+        middle = guess + scale * math.tan((math.atan((low - guess) / scale) + math.atan((high - guess) / scale)) / 2)
+        cap = min(max(int(middle), low + LEAST_TOLERANCE // 2), high - LEAST_TOLERANCE // 2)
+        result = try_cap(cap)
+        if result.fits:
+            at, high = result, min(cap, result.reserved_peak or cap)
+        else:
+            low = cap
+    if at is None:  # nothing below fitted: see that it does fit
+        for high in (reserved_peak, reserved_peak + tolerance(reserved_peak)):
+            at = try_cap(high)
+            if at.fits:
+                break
+        else:
+            raise NoNeed("it fails even under a cap of its own reserved peak")
+    return Need(high, tolerance(high), at, probes)

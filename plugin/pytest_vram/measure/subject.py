@@ -1,0 +1,162 @@
+"""What a worker measures: a case of a sweep, or a pipeline that somebody's own functions build and call."""
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any, Protocol
+
+import torch
+
+from pytest_vram.cases.case import Case
+from pytest_vram.cases.models import Model
+from pytest_vram.measure.channel import Message
+from pytest_vram.measure.phases import Enter, Phases, WholeCall
+from pytest_vram.pipelines.build import (
+    call_arguments,
+    denoiser_calls,
+    networks,
+    pretrained_pipeline,
+    random_pipeline,
+    weights_bytes,
+)
+from pytest_vram.pipelines.optimizations import Seen, chosen, torch_dtype
+
+
+class Subject(Protocol):
+    """Builds a pipeline on `place` ("cuda" or "cpu") and calls it."""
+
+    @property
+    def native_steps(self) -> int | None:
+        """The model's own number of steps, where that is known."""
+
+    def build(self, place: str) -> Any:
+        """The pipeline in place, its optimizations applied."""
+
+    def weights(self, pipe: Any) -> int | None:
+        """Bytes of its parameters and buffers."""
+
+    def watch(self, pipe: Any) -> dict[str, Seen]:
+        """By optimization, what says after the calls whether it took effect."""
+
+    def phases(self, pipe: Any, enter: Enter) -> Phases | WholeCall:
+        """What tells `enter` where a call passes from phase to phase."""
+
+    def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
+        """One call, of as many steps where the subject lets them be chosen."""
+
+    def calls_at_native_length(self, pipe: Any) -> int | None:
+        """How often the denoiser runs at the model's native number of steps, where that is known."""
+
+    def images(self, output: Any) -> int | None:
+        """How many images a call has made, where that is known."""
+
+
+def subject_of(job: Message) -> Subject:
+    """The subject that a job describes."""
+    subject: Subject = OwnSubject(job["own"]) if "own" in job else SweepSubject(job)
+    return subject
+
+
+class SweepSubject:
+    """A case of a sweep. With `probe` in the job its weights are random and, in host memory, share their storage."""
+
+    def __init__(self, job: Message) -> None:
+        self.case = Case.model_validate(job["case"])
+        self.model = Model.model_validate(job["model"])
+        self.probe = bool(job.get("probe"))
+        self.optimizations = chosen(self.case.optimizations)
+        self.native_steps = self.model.native.steps
+
+    def build(self, place: str) -> Any:
+        dtype = torch_dtype(self.case.optimizations)
+        place = "cpu" if any(o.offloads for o in self.optimizations) else place
+        torch.manual_seed(self.case.seed)
+        if self.case.weights == "pretrained" and not self.probe:
+            pipe = pretrained_pipeline(self.model, dtype, place)
+        else:
+            pipe = random_pipeline(self.model, dtype, place, share=self.probe)
+        self._weights = weights_bytes(networks(pipe))  # before an offload hides them
+        for optimization in self.optimizations:
+            optimization.apply(pipe)
+        return pipe
+
+    def weights(self, pipe: Any) -> int | None:
+        return self._weights
+
+    def watch(self, pipe: Any) -> dict[str, Seen]:
+        return {o.name: o.watch(pipe, self.model.denoiser) for o in self.optimizations}
+
+    def phases(self, pipe: Any, enter: Enter) -> Phases | WholeCall:
+        return Phases(pipe, self.model.denoiser, enter)
+
+    def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
+        case = self.case if steps is None else self.case.model_copy(update={"steps": steps})
+        generator = torch.Generator(place).manual_seed(case.seed)
+        return pipe(**call_arguments(pipe, case, generator))
+
+    def calls_at_native_length(self, pipe: Any) -> int | None:
+        return denoiser_calls(pipe, self.model.native.steps)
+
+    def images(self, output: Any) -> int | None:
+        return self.case.batch_size
+
+
+class OwnSubject:
+    """Two functions of somebody's own: the job has their file, module and qualified name, and a `sys.path`."""
+
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self.own = own
+        self.native_steps = None
+
+    def build(self, place: str) -> Any:
+        sys.path[:] = self.own["sys_path"]
+        build = _function(**self.own["build"])
+        self._call = _function(**self.own["call"])
+        torch.manual_seed(0)
+        return build()
+
+    def weights(self, pipe: Any) -> int | None:
+        return weights_bytes(_networks_of(pipe)) or None
+
+    def watch(self, pipe: Any) -> dict[str, Seen]:
+        return {}
+
+    def phases(self, pipe: Any, enter: Enter) -> Phases | WholeCall:
+        for denoiser in ("transformer", "unet"):
+            has_decoder = callable(getattr(getattr(pipe, "vae", None), "decode", None))
+            if has_decoder and isinstance(getattr(pipe, denoiser, None), torch.nn.Module):
+                return Phases(pipe, denoiser, enter)
+        return WholeCall(enter)
+
+    def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
+        torch.manual_seed(0)
+        return self._call(pipe)
+
+    def calls_at_native_length(self, pipe: Any) -> int | None:
+        return None
+
+    def images(self, output: Any) -> int | None:
+        images = getattr(output, "images", None)
+        return len(images) or None if isinstance(images, (list, torch.Tensor)) else None
+
+
+def _networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    if isinstance(pipe, torch.nn.Module):
+        return {"": pipe}
+    return networks(pipe) if isinstance(getattr(pipe, "components", None), Mapping) else {}
+
+
+def _function(file: str, module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the module in `file`, which is loaded once."""
+    loaded = sys.modules.get(module)
+    if loaded is None or getattr(loaded, "__file__", None) != file:
+        spec = spec_from_file_location(module, file)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{file} is no Python module")
+        loaded = sys.modules[module] = module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    found: Any = loaded
+    for part in name.split("."):
+        found = getattr(found, part)
+    function: Callable[..., Any] = found
+    return function
