@@ -7,7 +7,7 @@ splitting, merging, and a flush of unused segments before it gives up.
 
 import contextlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 MIB = 1 << 20
@@ -23,9 +23,9 @@ UNLIMITED = 1 << 62
 # partly used: 18 and 49 MiB above it for SD 1.5 at 512x512, batch 1 and 4, on an H100 (a search under a cap).
 EXPANDABLE_SLACK = 50 * MIB
 
-Event = tuple[int, "int | str"]
-"""(n, bytes) takes block n; (-n, 0) gives it back; (0, bytes) is an optional workspace, taken and given back at once;
-(0, "empty_cache"); (0, "enter:PHASE")."""
+Event = tuple[int, "int | tuple[int, ...] | str"]
+"""(n, bytes) takes block n; (-n, 0) gives it back; (0, (bytes, …)) is an optional workspace, the first that there is room
+for, taken and given back at once; (0, "empty_cache"); (0, "enter:PHASE")."""
 
 
 class OutOfMemory(Exception):
@@ -153,6 +153,14 @@ class Allocator:
         insort(pool, (block.size, block.address, block))
 
 
+    def try_workspace(self, sizes: Iterable[int]) -> None:
+        """Take and give back the first of these sizes that there is room for, or none: cuDNN has an algorithm for each."""
+        for size in sizes:
+            with contextlib.suppress(OutOfMemory):
+                self.release(self.malloc(size))
+                return
+
+
 @dataclass
 class Replay:
     """Peaks in bytes: of the whole trace, and of allocated memory by phase."""
@@ -178,7 +186,7 @@ def replay(events: Sequence[Event], cap: int = UNLIMITED, expandable: bool = Fal
 
     for number, value in events:
         if number > 0:
-            blocks[number] = allocator.malloc(int(value))
+            blocks[number] = allocator.malloc(value)  # type: ignore[arg-type]
         elif number < 0:
             allocator.release(blocks.pop(-number))
         elif value == "empty_cache":
@@ -187,8 +195,7 @@ def replay(events: Sequence[Event], cap: int = UNLIMITED, expandable: bool = Fal
             leave()
             phase = value.removeprefix("enter:")
         else:
-            with contextlib.suppress(OutOfMemory):  # no room: cuDNN takes a slower algorithm that does without
-                allocator.release(allocator.malloc(value))
+            allocator.try_workspace(value)  # type: ignore[arg-type]
     leave()
     result.reserved_peak = allocator.reserved_peak
     return result

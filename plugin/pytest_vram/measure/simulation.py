@@ -14,7 +14,7 @@ from pytest_vram.pipelines.build import (
     assemble,
     build_component,
     call_arguments,
-    networks,
+    modules_in_order,
     weights_bytes,
 )
 from pytest_vram.pipelines.optimizations import ExpandableSegments, chosen, torch_dtype
@@ -54,9 +54,10 @@ def simulate(model: Model, case: Case) -> Estimate:
         with OneDevice(), Trace() as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:
-                for module in networks(pipe).values():
-                    for tensor in (*module.parameters(), *module.buffers()):
-                        trace.track(tensor)
+                for module in modules_in_order(components):
+                    for tensor in (*module._parameters.values(), *module._buffers.values()):
+                        if tensor is not None:
+                            trace.track(tensor)
             seen = {o.name: o.simulate(pipe, model.denoiser, trace) for o in optimizations}
             phases = Phases(pipe, model.denoiser, trace.enter)
             arguments = call_arguments(pipe, case.model_copy(update={"steps": STEPS}), None)

@@ -162,8 +162,9 @@ class Trace(TorchDispatchMode):
         self.track(out)
         if not weight.is_contiguous(memory_format=wanted):
             copies.append(self.malloc(_nbytes(weight)))
-        if wanted is torch.contiguous_format:
-            self.events.append((0, _nbytes(sample) + _nbytes(weight) + _nbytes(out)))
+        if wanted is torch.contiguous_format and any(size > 1 for size in weight.shape[2:]):  # 1x1 is a matrix product
+            some = _nbytes(sample) + _nbytes(weight) + ROUNDING
+            self.events.append((0, (some + _nbytes(out), some)))
         for copy in copies:
             self.free(copy)
         return out

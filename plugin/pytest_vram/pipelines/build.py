@@ -1,7 +1,7 @@
 """Builds a diffusers pipeline from a model's architecture or from its trained weights, and says how to call it."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +116,31 @@ class Noise:
         return data
 
 
-def fill(module: torch.nn.Module, noise: Noise, device: str) -> None:
-    """Replace meta parameters by noise, and move the buffers to `device`."""
+def modules_in_order(components: Mapping[str, torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    """All modules in the order in which `pipe.to(device)` moves them: networks by name, children before parents."""
+
+    def children_first(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        for child in module.children():
+            yield from children_first(child)
+        yield module
+
+    for name in sorted(components):
+        yield from children_first(components[name])
+
+
+def fill(components: Mapping[str, torch.nn.Module], noise: Noise, device: str) -> None:
+    """Replace meta parameters by noise, and move the buffers to `device`, in the order of `pipe.to(device)`."""
     made: dict[int, torch.nn.Parameter] = {}
-    for submodule in module.modules():
-        for name, tensor in submodule._parameters.items():
+    for module in modules_in_order(components):
+        for name, tensor in module._parameters.items():
             if tensor is None:
                 continue
             if id(tensor) not in made:
                 made[id(tensor)] = torch.nn.Parameter(noise.like(tensor), requires_grad=False)
-            submodule._parameters[name] = made[id(tensor)]
-        for name, buffer in submodule._buffers.items():
+            module._parameters[name] = made[id(tensor)]
+        for name, buffer in module._buffers.items():
             if buffer is not None:
-                submodule._buffers[name] = buffer.to(device)
+                module._buffers[name] = buffer.to(device)
 
 
 def assemble(model: Model, components: Mapping[str, torch.nn.Module], **attributes: Any) -> Any:
@@ -178,8 +190,7 @@ def random_pipeline(model: Model, dtype: torch.dtype, device: str, *, share: boo
     """The pipeline with random weights, its networks on `device`; on the host they may `share` their storage."""
     components: Components = {name: build_component(part, dtype) for name, part in model.components.items()}
     noise = Noise(device, components.values(), share=share)
-    for module in components.values():
-        fill(module, noise, device)
+    fill(components, noise, device)
     return assemble(model, components)
 
 
