@@ -163,8 +163,9 @@ class Trace(TorchDispatchMode):
         if not weight.is_contiguous(memory_format=wanted):
             copies.append(self.malloc(_nbytes(weight)))
         if wanted is torch.contiguous_format and any(size > 1 for size in weight.shape[2:]):  # 1x1 is a matrix product
-            some = _nbytes(sample) + _nbytes(weight) + ROUNDING
-            self.events.append((0, (some + _nbytes(out), some)))
+            copies_of_two = _nbytes(sample) + _nbytes(weight) + ROUNDING
+            smaller = (copies_of_two,) if out.dtype == torch.float32 else ()
+            self.events.append((0, (copies_of_two + _nbytes(out), *smaller)))
         for copy in copies:
             self.free(copy)
         return out
