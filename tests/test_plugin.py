@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pytest_vram.cases.case import Case
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
 
@@ -357,7 +358,9 @@ def test_trained_weights_from_a_folder(saved: Path, project: pytest.Pytester) ->
     result = run(project, "--vram-models=./Trained One", "--vram-device=cpu", "--vram-rounds=5", *options)
     result.assert_outcomes(passed=1)
     (record,) = run_of(project, "cpu").records
-    assert (record.id, record.case.weights) == ("trained-one/fp32/32x32/b1", "pretrained")
+    assert record.id == "trained-one/fp32/32x32/b1"
+    assert isinstance(record.case, Case)
+    assert record.case.weights == "pretrained"
     (project.path / "Trained One" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     refused = run(project, "--vram-models=./Trained One", *options)
     assert refused.ret == pytest.ExitCode.USAGE_ERROR

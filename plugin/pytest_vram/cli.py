@@ -25,6 +25,21 @@ def _show(columns: list[str], rows: list[list[str]]) -> None:
 
 
 @app.command()
+def init(
+    build: Annotated[str | None, typer.Option(help="Makes your own pipeline: module:function.")] = None,
+    call: Annotated[str | None, typer.Option(help="Calls it once: module:function.")] = None,
+) -> None:
+    """Set up this folder's repository: bench/ and conftest.py. Nothing that is there is overwritten."""
+    from pytest_vram.starting import initialize
+
+    rows = [[written.path, written.done, written.left] for written in initialize(Path.cwd(), build, call)]
+    _show(["file", "", "left to do"], rows)
+    typer.echo("pytest bench --gpu measures; without a GPU, pytest bench estimates.")
+    if build is None:
+        typer.echo("A pipeline of your own: pytest-vram init --build module:function --call module:function")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, what is missing and what mends it. Exits 1 where --gpu could not work."""
     from pytest_vram.measure.doctor import examine

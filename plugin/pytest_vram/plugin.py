@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="random",
         help="random (default: no download, the same memory and time) or pretrained (hub id or folder)",
     )
+    add("--vram-no-need", action="store_true", help="do not search the need: quicker, and no required memory")
     add("--vram-limit", metavar="SIZE", help="the memory each case may have, context included, such as 8GiB")
     add("--vram-timeout", metavar="SECONDS", default="600", help="for one case; default: 600")
     add("--vram-results", metavar="DIR", default="results", help="where run files go; default: results")
@@ -50,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", 'vram(max_required="8GiB"): the test fails where its pipeline requires more')
     config.pluginmanager.register(Manager(config), "pytest_vram.manager")
 
 
@@ -100,6 +102,7 @@ def _options(config: pytest.Config) -> Options:
             workers=_whole(text("workers"), "--vram-workers") or 1,
             timeout_s=_whole(text("timeout"), "--vram-timeout") or 600,
             save_images=str(Path(images).absolute()) if images else None,
+            need=not config.getoption("--vram-no-need"),
         ),
         results=Path(str(text("results"))),
         resume=config.getoption("--vram-resume"),
@@ -129,21 +132,72 @@ class VramCase:
 
         An out-of-memory is a result. An error or a timeout fails the test; an impossible case skips it.
         """
-        record = self._manager.run(self._plan)
-        self._request.node.stash[RECORD] = record
-        if record.status in ("error", "timeout"):
-            failure = record.failure
-            assert failure is not None
-            tail = f"\n{failure.output_tail}" if failure.output_tail else ""
-            pytest.fail(f"{record.id}: {record.status}: {failure.message}{tail}", pytrace=False)
-        if record.status == "skipped":
-            pytest.skip(record.reason or "")
-        if record.time.workers and self._request.config.pluginmanager.hasplugin("benchmark"):
+        session = self._manager.session
+        assert session is not None
+        record = session.run(self._plan)
+        self._request.node.stash[RECORDS] = [record]
+        _judge(record, self._request.node)
+        replay_rounds(record, self._request)
+        return record
+
+
+class Vram:
+    """What the fixture `vram` gives a test."""
+
+    def __init__(self, manager: Manager, request: pytest.FixtureRequest) -> None:
+        self._manager, self._request, self._node = manager, request, request.node
+
+    def measure(self, build: Callable[[], Any], call: Callable[[Any], Any]) -> Record:
+        """Measure a pipeline of your own in fresh processes: `pipe = build()`, then `call(pipe)` again and again.
+
+        Both must be functions of a module's top level: workers import them anew. The record goes into the run file
+        under the test's id. An out-of-memory is a result; an error or a timeout fails the test, as does a required
+        memory above that of `@pytest.mark.vram(max_required="8GiB")`.
+        """
+        from pytest_vram.errors import UsageError
+
+        session = self._manager.own_session()
+        records = self._node.stash.setdefault(RECORDS, [])
+        try:
+            record = session.run_own(self._node.nodeid, len(records) + 1, build, call)
+        except UsageError as error:
+            pytest.fail(str(error), pytrace=False)
+        records.append(record)
+        _judge(record, self._node)
+        if len(records) == 1:  # pytest-benchmark has room for one a test
             replay_rounds(record, self._request)
         return record
 
 
-RECORD = pytest.StashKey[Any]()
+def _judge(record: Record, node: pytest.Item) -> None:
+    """Fail or skip the test as its record says."""
+    from pytest_vram.cases.case import parse_bytes
+    from pytest_vram.errors import UsageError
+    from pytest_vram.report.summary import above_limit
+
+    if record.status in ("error", "timeout"):
+        failure = record.failure
+        assert failure is not None
+        tail = f"\n{failure.output_tail}" if failure.output_tail else ""
+        pytest.fail(f"{record.id}: {record.status}: {failure.message}{tail}", pytrace=False)
+    if record.status == "skipped":
+        pytest.skip(record.reason or "")
+    mark = node.get_closest_marker("vram")
+    if mark is None:
+        return
+    try:
+        if mark.args or mark.kwargs.keys() != {"max_required"}:
+            raise UsageError('takes one argument, such as max_required="8GiB"')
+        limit = parse_bytes(str(mark.kwargs["max_required"]), "max_required")
+    except UsageError as error:
+        pytest.fail(f"@pytest.mark.vram: {error}", pytrace=False)
+    if node.config.getoption("--vram-device") == "cpu":
+        pytest.skip("max_required is about the memory of a GPU: give --vram-device cuda")
+    if problem := above_limit(record, limit):
+        pytest.fail(problem, pytrace=False)
+
+
+RECORDS = pytest.StashKey[list[Any]]()
 _replayed: Iterator[float] | None = None
 
 
@@ -157,6 +211,8 @@ def device_time() -> float:
 def replay_rounds(record: Record, request: pytest.FixtureRequest) -> None:
     """Give pytest-benchmark the rounds that the worker timed, for its table and histogram."""
     global _replayed
+    if not record.time.workers or not request.config.pluginmanager.hasplugin("benchmark"):
+        return
     rounds = [seconds for worker in record.time.workers for seconds in worker.rounds_s]
     benchmark = request.getfixturevalue("benchmark")
     now = 0.0
@@ -178,6 +234,13 @@ def vram_case(request: pytest.FixtureRequest) -> VramCase:
         pytest.fail(request.param, pytrace=False)
     manager: Manager = request.config.pluginmanager.getplugin("pytest_vram.manager")
     return VramCase(request.param, manager, request)
+
+
+@pytest.fixture
+def vram(request: pytest.FixtureRequest) -> Vram:
+    """Measures a pipeline of your own: `record = vram.measure(build, call)`."""
+    manager: Manager = request.config.pluginmanager.getplugin("pytest_vram.manager")
+    return Vram(manager, request)
 
 
 class Manager:
@@ -214,9 +277,14 @@ class Manager:
             self.session = SweepSession(_options(self.config), self.config.rootpath, self.say)
         return self.session
 
-    def run(self, plan: Plan) -> Record:
+    def own_session(self) -> SweepSession:
+        """The session for a pipeline that cannot be estimated: it runs, or the test is skipped or failed."""
+        if self.config.getoption("--vram-device") == "meta":
+            pytest.skip("a pipeline of your own is measured, not estimated: give --vram-device cuda")
+        if self.under_xdist:
+            pytest.fail("-n: pipelines are measured one at a time; leave -n out", pytrace=False)
         assert self.session is not None
-        return self.session.run(plan)
+        return self.session
 
     # Collection
 
@@ -246,27 +314,32 @@ class Manager:
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         if plan := _plan(item):
             item.extra_keyword_matches.update(plan.model.aliases)  # -k takes an alias too
+        if _is_own(item) and self.config.pluginmanager.hasplugin("benchmark"):
+            item.add_marker(pytest.mark.benchmark(timer=device_time))
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         if self.usage_error and not self.under_xdist:
             raise pytest.UsageError(self.usage_error)
         plans = [plan for item in session.items if (plan := _plan(item))]
-        if not plans or self.config.option.collectonly or self.session is None:
+        own = [item for item in session.items if _is_own(item)]
+        if self.config.getoption("--vram-device") == "meta" or self.under_xdist:
+            own = []
+        if not (plans or own) or self.config.option.collectonly:
             return
         from pytest_vram.cases.models import names_with_aliases
         from pytest_vram.errors import VramError
 
         if self.terminal is not None and not self.under_xdist and self.config.get_verbosity() >= 0:
-            measuring = self.session.options.device == "cuda"
+            measuring = self.config.getoption("--vram-device") == "cuda"
             first = "imports, then all estimates, then the cases" if measuring else "imports, then the cases"
-            self.terminal.write_line(f"vram: {len(plans)} cases; {first}")
+            self.terminal.write_line(f"vram: {len(plans) + len(own)} cases; {first}")
         try:
-            self.session.start(plans, keep_journal=not self.under_xdist)
+            self.sweep().start(plans, [item.nodeid for item in own], keep_journal=not self.under_xdist)
         except VramError as error:
             raise pytest.UsageError(str(error)) from error
         if self.under_xdist:
             aliases = names_with_aliases(plan.model for plan in plans)
-            self.config.workeroutput["vram"] = {"ids": sorted(self.session.expected), "aliases": aliases}  # type: ignore[attr-defined]
+            self.config.workeroutput["vram"] = {"ids": sorted(self.sweep().expected), "aliases": aliases}  # type: ignore[attr-defined]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -280,27 +353,28 @@ class Manager:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if report.when == "call" and (record := item.stash.get(RECORD, None)) is not None:
-            report.vram = record.model_dump(mode="json")  # type: ignore[attr-defined]
+        if report.when == "call" and (records := item.stash.get(RECORDS, None)):
+            report.vram = [record.model_dump(mode="json") for record in records]  # type: ignore[attr-defined]
         return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        document = getattr(report, "vram", None)
-        if document is None or self.under_xdist:
+        documents = getattr(report, "vram", None)
+        if documents is None or self.under_xdist:
             return
         from pytest_vram.errors import UsageError
         from pytest_vram.records.schema import Record
 
         try:
-            self.sweep().keep(Record.model_validate(document))
+            for document in documents:
+                self.sweep().keep(Record.model_validate(document))
         except UsageError as error:  # only under xdist, whose controller opens its journal with the first record
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         self.say("")
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
-        document = getattr(report, "vram", None)
-        if document is not None and report.passed and document["status"] == "oom":
+        documents = getattr(report, "vram", ())
+        if report.passed and any(document["status"] == "oom" for document in documents):
             return "oom", "O", ("OOM", {"yellow": True})
         return None
 
@@ -309,7 +383,7 @@ class Manager:
         session, reporter = self.session, self.terminal
         if session is None or not session.finished or reporter is None or self.under_xdist:
             return
-        if self.config.get_verbosity() < 0 or not session.planned:
+        if self.config.get_verbosity() < 0 or not session.expected:
             return
         from time import monotonic
 
@@ -361,3 +435,8 @@ def _plan(item: pytest.Item) -> Plan | None:
     callspec = getattr(item, "callspec", None)
     plan = callspec.params.get("vram_case") if callspec is not None else None
     return None if isinstance(plan, str) else plan
+
+
+def _is_own(item: pytest.Item) -> bool:
+    """Whether this test measures a pipeline of its own."""
+    return "vram" in getattr(item, "fixturenames", ())

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pytest_vram.cases.case import Case, Weights
+from pytest_vram.cases.case import AnyCase, Case, OwnCase, Weights
 from pytest_vram.cases.models import Model, is_folder, model_from_folder, names_with_aliases, read_models
 from pytest_vram.cases.sweep import Overrides, expand, read_sweep
 from pytest_vram.errors import UsageError
 from pytest_vram.measure import environment
+from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
+from pytest_vram.measure.exactness import References
 from pytest_vram.measure.machine import Device, Machine, start_machine
 from pytest_vram.measure.measurement import SEARCH_INTERRUPTED, CaseInterrupted, Estimated, Settings, job_of, measure
+from pytest_vram.measure.own import described, own_job, readable
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
@@ -60,6 +63,7 @@ class SweepSession:
         self.machine: Machine | None = None
         self.journal: Journal | None = None
         self.estimates: Estimates | None = None
+        self.references: References | None = None
         self.planned: list[Plan] = []
         self.finished: dict[str, Record] = {}
         self.fresh: list[Record] = []  # without those that a resumed run brought along
@@ -120,10 +124,11 @@ class SweepSession:
 
     # The sweep
 
-    def start(self, plans: Sequence[Plan], *, keep_journal: bool) -> None:
+    def start(self, plans: Sequence[Plan], own: Iterable[str] = (), *, keep_journal: bool) -> None:
         """Start the machine, the journal and the estimates; raises UsageError before the first case.
 
-        `keep_journal` is off in xdist workers: their controller keeps it.
+        `own` has the node ids of tests that measure pipelines of their own. `keep_journal` is off in xdist workers:
+        their controller keeps it.
         """
         options = self.options
         self.began = time.monotonic()
@@ -133,6 +138,7 @@ class SweepSession:
             ids = [plan.case.id for plan in self.planned]
             twice = next(name for name in ids if ids.count(name) > 1)
             raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
+        self.expected |= {self._own_case(*_split(node_id)).id for node_id in own}
         self._check_images_folder()
         if options.limit_bytes is not None and options.device == "cpu":
             raise UsageError("--vram-limit: there is no GPU memory to limit with --vram-device cpu")
@@ -154,6 +160,8 @@ class SweepSession:
             raise
         known = self.journal.records if self.journal else {}
         wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
+        if options.device != "meta":
+            self.references = References(wanted)
         if options.device != "cpu":
             self.estimates = Estimates(wanted, models, self.machine.starter, ahead=keep_journal)
         if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
@@ -213,7 +221,7 @@ class SweepSession:
         return found.with_suffix(".json"), [record for record in old.records if _is_done(record)]
 
     @staticmethod
-    def _known(records: dict[str, Record], case: Case) -> Record | None:
+    def _known(records: dict[str, Record], case: AnyCase) -> Record | None:
         record = records.get(case.id)
         return record if record is not None and record.case == case and _is_done(record) else None
 
@@ -228,14 +236,36 @@ class SweepSession:
         if self.estimates and not impossible(plan.case.optimizations, self.options.device):
             outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
         estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
-        job = job_of(plan.case, plan.model)
+        record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
+        return with_estimate(record, outcome) if outcome else record
+
+    def _own_case(self, model: str, test: str, build: str = "-", call: str = "-") -> OwnCase:
+        return OwnCase(model=model, test=test, build=build, call=call, limit_bytes=self.options.limit_bytes)
+
+    def run_own(self, node_id: str, number: int, build: Callable[..., Any], call: Callable[..., Any]) -> Record:
+        """The record of the pipeline that a test's own functions build and call, the `number`-th of this test.
+
+        Raises:
+            UsageError: when the functions cannot travel to a worker.
+        """
+        assert self.machine is not None
+        model, test = _split(node_id)
+        test += f"#{number}" if number > 1 else ""
+        functions = described(build, "build"), described(call, "call")
+        case = self._own_case(model, test, *(readable(function, self.root) for function in functions))
+        self.expected.add(case.id)
+        if self.journal and (known := self._known(self.journal.records, case)):
+            return known
+        return self._measure(case, own_job(case, *functions), None)
+
+    def _measure(self, case: AnyCase, job: Message, estimated: Estimated | None) -> Record:
+        assert self.machine is not None
         try:
-            record = measure(plan.case, job, self.machine, self.options.settings, self.say, estimated)
+            return measure(case, job, self.machine, self.options.settings, self.say, estimated, self.references)
         except CaseInterrupted as interrupt:
             if self.journal:
                 self.journal.add(interrupt.record)
             raise KeyboardInterrupt from None
-        return with_estimate(record, outcome) if outcome else record
 
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
@@ -287,6 +317,8 @@ class SweepSession:
             self.journal = None
 
     def close(self) -> None:
+        if self.references:
+            self.references.close()
         if self.estimates:
             self.estimates.close()
         if self.machine:
@@ -301,3 +333,9 @@ class SweepSession:
 def _is_done(record: Record) -> bool:
     """Whether a resumed sweep need not measure this case again."""
     return record.status in DONE and record.unavailable.get("memory.need_bytes") != SEARCH_INTERRUPTED
+
+
+def _split(node_id: str) -> tuple[str, str]:
+    """A test's file and its name there."""
+    model, _, test = node_id.partition("::")
+    return model, test

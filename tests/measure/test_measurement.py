@@ -18,7 +18,7 @@ from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
 from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
 from pytest_vram.measure.machine import Device, Machine
-from pytest_vram.measure.measurement import CaseInterrupted, Settings, measure
+from pytest_vram.measure.measurement import CaseInterrupted, Settings, job_of, measure
 from pytest_vram.measure.sampling import Sampler
 from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Time
 from tests.measure.tasks import MIB, ROUND
@@ -157,7 +157,7 @@ class Stage:
         )
         chosen = Settings(**{"task": f"tests.measure.tasks:{task}", "timeout_s": 20.0, **settings})
         model = TINY.model_copy(update={"pipeline_arguments": {"script": json.dumps(script)}})
-        record = measure(case, model, self.machine, chosen, self.story.say)
+        record = measure(case, job_of(case, model), self.machine, chosen, self.story.say)
         assert (record.id, record.case, record.method) == (case.id, case, "measured")
         assert not any(psutil.pid_exists(pid) for pid in self.starter.pids)
         return record

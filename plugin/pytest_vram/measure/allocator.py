@@ -24,8 +24,8 @@ UNLIMITED = 1 << 62
 EXPANDABLE_SLACK = 50 * MIB
 
 Event = tuple[int, "int | tuple[int, ...] | str"]
-"""(n, bytes) takes block n; (-n, 0) gives it back; (0, (bytes, …)) is an optional workspace, the first that there is room
-for, taken and given back at once; (0, "empty_cache"); (0, "enter:PHASE")."""
+"""(n, bytes) takes block n; (-n, 0) gives it back; (0, (bytes, …)) is an optional workspace, the first that there is
+room for, taken and given back at once; (0, "empty_cache"); (0, "enter:PHASE")."""
 
 
 class OutOfMemory(Exception):
@@ -152,9 +152,8 @@ class Allocator:
         block.free = True
         insort(pool, (block.size, block.address, block))
 
-
     def try_workspace(self, sizes: Iterable[int]) -> None:
-        """Take and give back the first of these sizes that there is room for, or none: cuDNN has an algorithm for each."""
+        """Take and give back the first of these sizes that there is room for: cuDNN has an algorithm for each."""
         for size in sizes:
             with contextlib.suppress(OutOfMemory):
                 self.release(self.malloc(size))

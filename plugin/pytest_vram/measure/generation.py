@@ -14,6 +14,7 @@ import torch
 
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.device import device_of
+from pytest_vram.measure.exactness import difference, save_output
 from pytest_vram.measure.subject import subject_of
 from pytest_vram.measure.worker import Reporter
 
@@ -56,6 +57,9 @@ class _Generation:
             ooms = self.device.out_of_memory_errors()
             if self.job.get("probe"):
                 self.probe(pipe)
+            elif self.job.get("reference"):
+                self.call(pipe, keep_output=True)
+                save_output(self.output, Path(self.job["keep_output"]))
             else:
                 self.generate(pipe)
         except Exception as error:
@@ -108,12 +112,23 @@ class _Generation:
         self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe)
         self.found["native_steps"] = self.subject.native_steps
         self.found["images"] = self.subject.images(self.output)
+        self.found |= self.totals()
+        self.hand_on()
         if self.job["save_images"]:
-            self.found |= self.totals()
             try:
                 save_images(self.output, Path(self.job["save_images"]), self.job["id"])
             except OSError as error:  # the measurement is not lost for it
                 self.found["images_error"] = str(error)
+
+    def hand_on(self) -> None:
+        """Keep the output for others, or compare it with what another has kept."""
+        try:
+            if self.job.get("keep_output"):
+                save_output(self.output, Path(self.job["keep_output"]))
+            if self.job.get("compare_output"):
+                self.found["difference"] = difference(self.output, Path(self.job["compare_output"]))
+        except (OSError, ValueError) as error:  # the measurement is not lost for it
+            self.found["difference_error"] = str(error)
 
     def rounds_for(self, pilot_s: float) -> int:
         """As many rounds as the budget has, from 5 to 30, but no more than end before the timeout."""

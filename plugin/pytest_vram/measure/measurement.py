@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
 from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
+from pytest_vram.measure.exactness import NoReference, References
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
@@ -21,6 +23,7 @@ from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, impossible
 from pytest_vram.records.schema import (
     NVML_SLACK_BYTES,
+    Exactness,
     Failure,
     Memory,
     Phase,
@@ -36,6 +39,7 @@ from pytest_vram.records.schema import (
 
 GENERATION = "pytest_vram.measure.generation:run"
 NEED_FIELDS = ("memory.need_bytes", "memory.need_tolerance_bytes", "memory.required_bytes", "time.at_need_s")
+EXACT_WITHIN = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
 
@@ -98,11 +102,18 @@ def job_of(case: Case, model: Model) -> Message:
 
 
 def measure(
-    case: AnyCase, job: Message, machine: Machine, settings: Settings, say: Say, estimated: Estimated | None = None
+    case: AnyCase,
+    job: Message,
+    machine: Machine,
+    settings: Settings,
+    say: Say,
+    estimated: Estimated | None = None,
+    references: References | None = None,
 ) -> Record:
     """Measure one case; whatever goes wrong in its worker is part of the record.
 
-    `job` describes the case to a worker; `estimated` is where the search for the need starts.
+    `job` describes the case to a worker; `estimated` is where the search for the need starts; among `references` is the
+    output with which that of this case is compared.
 
     Raises:
         CaseInterrupted: at Ctrl-C, with the record; the worker is gone then.
@@ -114,6 +125,7 @@ def measure(
     began = time.monotonic()
     measurer = _Measurer(case, job, machine, settings, say)
     try:
+        against, no_reference = measurer.compare(references)
         runs = measurer.rounds()
     except KeyboardInterrupt:
         wall = Wall(total_s=time.monotonic() - began)
@@ -122,6 +134,7 @@ def measure(
         record = Record(status="error", failure=failure, wall=wall, unavailable=nothing, **common)
         raise CaseInterrupted(record) from None
     record = _record(case, machine, runs, time.monotonic() - began, common)
+    record = _with_exactness(record, runs[-1].outcome, against, no_reference)
     try:
         need = measurer.need(record, estimated)
     except KeyboardInterrupt:
@@ -146,6 +159,31 @@ class _Measurer:
             "timeout_s": settings.timeout_s,
             "save_images": settings.save_images,
         }
+
+    def compare(self, references: References | None) -> tuple[Case | None, str]:
+        """Have the workers keep or compare their output. The case that it is compared with, or why with none."""
+        case = self.case
+        if references is None or not isinstance(case, Case):
+            return None, ""
+        if path := references.keep(case):
+            self.job["keep_output"] = str(path)
+        try:
+            found = references.find(case, self._make_reference)
+        except NoReference as error:
+            return None, str(error)
+        if found is None:
+            return None, ""
+        against, path = found
+        self.job["compare_output"] = str(path)
+        return against, ""
+
+    def _make_reference(self, reference: Case, path: Path, on_host: bool) -> str | None:
+        """Run a case once for its output. What went wrong, or None."""
+        self.say(f"the output of {reference.id}, to compare with")
+        job = {"case": reference.model_dump(mode="json"), "reference": True, "on_host": on_host}
+        job["keep_output"] = str(path)
+        run = self._worker(None, subject=reference, **job)
+        return None if run.done else without_paths(run.outcome["message"])
 
     def rounds(self) -> list[_Run]:
         """As many workers as were asked for, or up to the first that fails."""
@@ -204,14 +242,14 @@ class _Measurer:
             memory_is_why = self._swallows
         if not memory_is_why:
             raise NoNeed(f"under a cap of {cap >> 20} MiB it failed, but not for memory: {outcome['message']}")
-        return Probe(cap, False)
+        return Probe(cap, False, failed_in=outcome.get("phase"))
 
-    def _worker(self, cap: int | None, *, probe: bool = False) -> _Run:
+    def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> _Run:
         environ = dict(PRELOAD_ENVIRON)
-        for optimization in chosen(self.case.optimizations):
+        for optimization in chosen((subject or self.case).optimizations):
             environ |= optimization.environ
         machine, settings = self.machine, self.settings
-        interval_s = None if probe else settings.interval_s
+        interval_s = None if job else settings.interval_s  # what is not timed need not be sampled
         sampler = Sampler(machine.gpu if interval_s else None, -1, machine.baseline())
         began = time.monotonic()
         try:
@@ -221,10 +259,10 @@ class _Measurer:
         sampler.pid = worker.pid
         run = _Run({}, sampler)
         conversation = _Conversation(worker, run, interval_s, self.say, began, settings.timeout_s)
-        if probe:
+        if job:
             conversation.say = lambda _: None
         try:
-            worker.channel.send({**self.job, "probe": probe})
+            worker.channel.send({**self.job, **job})
             conversation.hold(None if cap is None else max(1 << 20, cap))
         except Closed:
             conversation.fail("error", _died(worker, conversation.phase))
@@ -368,6 +406,25 @@ def _found(case: AnyCase, machine: Machine, runs: list[_Run], seconds: float, co
     return Record(unavailable=unavailable, **fields)
 
 
+def _with_exactness(record: Record, outcome: Message, against: Case | None, no_reference: str) -> Record:
+    """The record with what the comparison of its output gave, or why there was none."""
+    if against is None or record.status != "ok":
+        if not no_reference:
+            return record
+        return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": no_reference}})
+    if "difference" not in outcome:
+        reason = without_paths(outcome.get("difference_error", "it was not reported"))
+        return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": reason}})
+    limit = EXACT_WITHIN[next(o.dtype for o in chosen(record.case.optimizations) if o.dtype)]
+    exact = outcome["difference"]["mean_abs_difference"] <= limit
+    found = {**outcome["difference"], "against": against.id, "tolerance": limit, "exact": exact}
+    try:
+        return record.model_copy(update={"exactness": Exactness.model_validate(found)})
+    except ValidationError as error:
+        reason = f"impossible figures: {error.errors()[0]['msg']}"
+        return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": reason}})
+
+
 def _with_need(record: Record, need: Need, seconds: float) -> Record:
     """The record with what the search found; without it where that cannot be true."""
     context = record.memory.context_bytes
@@ -382,6 +439,7 @@ def _with_need(record: Record, need: Need, seconds: float) -> Record:
         "required_bytes": None if context is None else need.bytes + context,
         "at_need_alloc_retries": at.retries,
     }
+    found["need_phase"] = need.decided_by
     found["time"]["at_need_s"] = phase["encode"] + calls * step + phase["decode"] + phase["call"]
     found["wall"] |= {"total_s": seconds, "need_s": seconds - found["wall"]["total_s"], "probes": need.probes}
     if context is None:

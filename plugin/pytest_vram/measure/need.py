@@ -21,16 +21,18 @@ class Probe:
     seconds: dict[str, float] = field(default_factory=dict)
     denoiser_calls: int = 0
     retries: int | None = None
+    failed_in: str | None = None
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes; `at` is the probe that completed with this need as its cap, or with no more memory than that."""
+    """Bytes; `at` is the probe that completed within this need, `decided_by` the phase in which the one below ended."""
 
     bytes: int
     tolerance: int
     at: Probe
     probes: int
+    decided_by: str | None
 
 
 class NoNeed(Exception):
@@ -54,6 +56,7 @@ def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_pe
     """
     low, high = 0, reserved_peak
     at: Probe | None = None
+    decided_by: str | None = None
     probes = 0
     scale = spread * guess
 
@@ -69,7 +72,7 @@ def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_pe
         if result.fits:
             at, high = result, min(cap, result.reserved_peak or cap)
         else:
-            low = cap
+            low, decided_by = cap, result.failed_in
     if at is None:  # nothing below fitted: see that it does fit
         for high in (reserved_peak, reserved_peak + tolerance(reserved_peak)):
             at = try_cap(high)
@@ -77,4 +80,4 @@ def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_pe
                 break
         else:
             raise NoNeed("it fails even under a cap of its own reserved peak")
-    return Need(high, tolerance(high), at, probes)
+    return Need(high, tolerance(high), at, probes, decided_by)

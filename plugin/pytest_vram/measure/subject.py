@@ -64,6 +64,7 @@ class SweepSubject:
         self.case = Case.model_validate(job["case"])
         self.model = Model.model_validate(job["model"])
         self.probe = bool(job.get("probe"))
+        self.on_host = bool(job.get("on_host"))  # weights as an offloaded case has them
         self.optimizations = chosen(self.case.optimizations)
         self.native_steps = self.model.native.steps
 
@@ -73,6 +74,8 @@ class SweepSubject:
         torch.manual_seed(self.case.seed)
         if self.case.weights == "pretrained" and not self.probe:
             pipe = pretrained_pipeline(self.model, dtype, place)
+        elif self.on_host:
+            pipe = random_pipeline(self.model, dtype, "cpu").to(place)
         else:
             pipe = random_pipeline(self.model, dtype, place, share=self.probe)
         self._weights = weights_bytes(networks(pipe))  # before an offload hides them
@@ -143,7 +146,9 @@ class OwnSubject:
 def _networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
     if isinstance(pipe, torch.nn.Module):
         return {"": pipe}
-    return networks(pipe) if isinstance(getattr(pipe, "components", None), Mapping) else {}
+    if isinstance(getattr(pipe, "components", None), Mapping):
+        return networks(pipe)
+    return {name: part for name, part in getattr(pipe, "__dict__", {}).items() if isinstance(part, torch.nn.Module)}
 
 
 def _function(file: str, module: str, name: str) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ class Optimization:
     environ: ClassVar[Mapping[str, str]] = {}
     offloads: ClassVar[bool] = False  # the weights start in host memory
     needs_gpu: ClassVar[bool] = False
+    exact: ClassVar[bool] = False  # claims to leave the image as it is
 
     def apply(self, pipe: Any) -> None:
         """Change the pipeline, whose networks are in place."""
@@ -70,6 +71,7 @@ class Bf16(_Dtype):
 
 class AttentionSlicing(Optimization):
     name = "attention_slicing"
+    exact = True
     summary = "attention in slices of heads; it replaces the fused attention, so check that it saves anything"
 
     def apply(self, pipe: Any) -> None:
@@ -85,6 +87,7 @@ class AttentionSlicing(Optimization):
 
 class VaeSlicing(Optimization):
     name = "vae_slicing"
+    exact = True
     summary = "the VAE decodes one image of the batch at a time"
 
     def apply(self, pipe: Any) -> None:
@@ -98,6 +101,7 @@ class VaeSlicing(Optimization):
 
 class VaeTiling(Optimization):
     name = "vae_tiling"
+    exact = True
     summary = "the VAE decodes overlapping tiles; nothing happens below its tile size"
 
     def apply(self, pipe: Any) -> None:
@@ -110,6 +114,7 @@ class VaeTiling(Optimization):
 
 class ChannelsLast(Optimization):
     name = "channels_last"
+    exact = True
     summary = "the convolutions of denoiser and VAE in NHWC memory format"
 
     def apply(self, pipe: Any) -> None:
@@ -135,6 +140,7 @@ class ChannelsLast(Optimization):
 
 class ModelOffload(Optimization):
     name = "model_offload"
+    exact = True
     summary = "one network at a time on the GPU, the others in host memory"
     excludes = frozenset({"sequential_offload"})
     offloads = True
@@ -164,6 +170,7 @@ class ModelOffload(Optimization):
 
 class SequentialOffload(Optimization):
     name = "sequential_offload"
+    exact = True
     summary = "one layer at a time on the GPU, everything else in host memory: the least VRAM, the most time"
     excludes = frozenset({"model_offload"})
     offloads = True
@@ -190,6 +197,7 @@ class SequentialOffload(Optimization):
 
 class ExpandableSegments(Optimization):
     name = "expandable_segments"
+    exact = True
     summary = "PyTorch's allocator grows its segments in place, so that less is lost to fragmentation"
     environ = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     needs_gpu = True
@@ -251,6 +259,11 @@ def impossible(names: Sequence[str], device: str) -> str | None:
 def chosen(names: Sequence[str]) -> list[Optimization]:
     """The optimizations of these names."""
     return [OPTIMIZATIONS[name] for name in names]
+
+
+def without_exact(names: Sequence[str]) -> tuple[str, ...]:
+    """These names without those that claim to leave the image as it is."""
+    return tuple(name for name in names if not OPTIMIZATIONS[name].exact)
 
 
 def torch_dtype(names: Sequence[str]) -> "torch.dtype":

@@ -103,6 +103,18 @@ class Failure(_Part):
     output_tail: Text = ""
 
 
+class Exactness(_Part):
+    """The decoded output against that of the case `against`, same seed: values are from 0 to 1, PSNR is in dB and null
+    where nothing differs. `exact` says whether the difference is within what the dtype's rounding explains."""
+
+    against: str = Field(min_length=1, max_length=500)
+    max_abs_difference: float = Field(ge=0, le=1)
+    mean_abs_difference: float = Field(ge=0, le=1)
+    psnr_db: float | None = Field(default=None, ge=0)
+    tolerance: float = Field(gt=0)
+    exact: bool
+
+
 class Wall(_Part):
     """Where the wall time of a case went, in seconds."""
 
@@ -124,10 +136,12 @@ class Record(_Part):
     method: Literal["measured", "estimated"]
     memory: Memory = Memory()
     phases: dict[Phase, PhaseCost] = {}
+    need_phase: Phase | None = None  # where a process with a little less than the need runs out of memory
     time: Time = Time()
     energy_j_per_image: float | None = Field(default=None, gt=0)
     telemetry: Telemetry = Telemetry()
     effects: dict[str, Literal["applied", "no_effect"]] = {}
+    exactness: Exactness | None = None
     disturbed: Text | None = None
     unavailable: dict[str, Text] = {}
     failure: Failure | None = None

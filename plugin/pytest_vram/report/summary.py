@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pytest_vram.records.schema import Record
+from pytest_vram.records.schema import Phase, Record
 
 WIDTH = 100
 
@@ -54,6 +54,31 @@ def required(record: Record, assumed_context: int) -> str:
     if memory.estimated_need_bytes is not None:
         return f"~{gib(memory.estimated_need_bytes + (memory.context_bytes or assumed_context))}"
     return "–"
+
+
+def deciding_phase(record: Record) -> Phase | None:
+    """The phase that ran out of memory just below the need; else the one with the highest allocated peak."""
+    peaks = {name: cost.allocated_peak_bytes for name, cost in record.phases.items() if cost.allocated_peak_bytes}
+    highest = max(peaks.items(), key=lambda peak: peak[1])[0] if peaks else None
+    return record.need_phase or highest
+
+
+def above_limit(record: Record, limit: int) -> str | None:
+    """Why this case is not known to fit into `limit` bytes, or None where it fits."""
+    memory, phase = record.memory, deciding_phase(record)
+    at_most = f"max_required is {gib(limit)} GiB"
+    if record.status == "oom":
+        where = f" in {record.failure.phase}" if record.failure and record.failure.phase else ""
+        return f"{record.id}: out of memory{where}; {at_most}"
+    if memory.required_bytes is None:
+        why = record.unavailable.get("memory.required_bytes", "it was not measured")
+        return f"{record.id}: the required memory is not known ({why}); {at_most}"
+    if memory.required_bytes <= limit:
+        return None
+    context = memory.required_bytes - (memory.need_bytes or 0)
+    parts = f"need {gib(memory.need_bytes)} + context {gib(context)}"
+    decides = f"; {phase} decides" if phase else ""
+    return f"{record.id}: required {gib(memory.required_bytes)} GiB ({parts}); {at_most}{decides}"
 
 
 def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], assumed_context: int) -> str:

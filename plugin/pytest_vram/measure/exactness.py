@@ -1,0 +1,109 @@
+"""Whether a flag that should leave the image as it is has done so: its output against that of the case without it."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pytest_vram.cases.case import Case
+from pytest_vram.pipelines.optimizations import chosen, without_exact
+
+Make = Callable[[Case, Path, bool], str | None]
+"""Runs a case once and keeps its output in a file; the flag says whether its weights are made in host memory. The
+result is what went wrong, or None."""
+
+
+class NoReference(Exception):
+    """There is no output to compare with; the message says why."""
+
+
+def reference_of(case: Case) -> Case | None:
+    """The same case without its flags that claim to be exact and without a limit, or None where it has no such flag."""
+    plain = without_exact(case.optimizations)
+    if plain == case.optimizations:
+        return None
+    return case.model_copy(update={"optimizations": plain, "limit_bytes": None})
+
+
+class References:
+    """The outputs that others are compared with, in a temporary folder until the session ends."""
+
+    def __init__(self, cases: Iterable[Case]) -> None:
+        self._folder = TemporaryDirectory(prefix="pytest-vram-")
+        self._wanted = {reference for case in cases if (reference := reference_of(case))}
+        self._failed: dict[Path, str] = {}
+
+    def _path(self, reference: Case, on_host: bool) -> Path:
+        return Path(self._folder.name) / f"{abs(hash((reference, on_host)))}.npy"
+
+    def keep(self, case: Case) -> Path | None:
+        """Where this case leaves its output, if others are compared with it."""
+        return self._path(case, False) if case in self._wanted else None
+
+    def find(self, case: Case, make: Make) -> tuple[Case, Path] | None:
+        """The case without its exact flags and the file with its output, which `make` makes where it is missing.
+
+        Raises:
+            NoReference: when it could not be made.
+        """
+        reference = reference_of(case)
+        if reference is None:
+            return None
+        # random weights of an offloaded case are made in host memory, and so are those of what it is compared with
+        on_host = case.weights == "random" and any(o.offloads for o in chosen(case.optimizations))
+        path = self._path(reference, on_host)
+        if not path.exists() and path not in self._failed and (problem := make(reference, path, on_host)):
+            self._failed[path] = problem
+        if path in self._failed:
+            raise NoReference(f"{reference.id} gave no output to compare with: {self._failed[path]}")
+        return reference, path
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+# In the worker
+
+
+def pixels(output: Any) -> Any:
+    """What a pipeline gave with `output_type="pt"`, as a float32 array with values from 0 to 1, or None."""
+    import torch
+
+    for name in ("images", "frames"):
+        found = getattr(output, name, None)
+        if isinstance(found, torch.Tensor):
+            return found.detach().cpu().float().numpy()
+    return None
+
+
+def save_output(output: Any, path: Path) -> None:
+    """Keep the output for others; whole or not at all."""
+    import numpy
+
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        numpy.save(file, pixels(output), allow_pickle=False)
+    partial.rename(path)
+
+
+def difference(output: Any, path: Path) -> dict[str, float | None]:
+    """Maximum and mean absolute difference of values from 0 to 1, and PSNR in dB (None where nothing differs).
+
+    Raises:
+        ValueError: when the two cannot be compared.
+    """
+    import numpy
+
+    ours, theirs = pixels(output), numpy.load(path, allow_pickle=False)
+    if ours is None or ours.shape != theirs.shape:
+        raise ValueError("the outputs have different shapes")
+    if not (numpy.isfinite(ours).all() and numpy.isfinite(theirs).all()):
+        raise ValueError("an output holds values that are not finite")
+    apart = numpy.abs(ours - theirs, dtype=numpy.float64)
+    mean_square = float((apart**2).mean())
+    return {
+        "max_abs_difference": float(apart.max()),
+        "mean_abs_difference": float(apart.mean()),
+        "psnr_db": -10 * math.log10(mean_square) if mean_square else None,
+    }

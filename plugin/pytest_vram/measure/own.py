@@ -1,0 +1,56 @@
+"""Somebody's own pipeline: two functions of a test, as they travel to a worker."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from pytest_vram.cases.case import OwnCase
+from pytest_vram.errors import UsageError
+from pytest_vram.measure.channel import Message
+
+
+def described(function: Callable[..., Any], role: str) -> dict[str, str]:
+    """File, module and qualified name, by which a worker finds the function again.
+
+    Raises:
+        UsageError: for whatever is not found by them.
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    if not isinstance(function, FunctionType):
+        raise UsageError(f"vram.measure: {role} is {name}, not a function; give one that is defined in a module")
+    why = None
+    if "<lambda>" in name:
+        why = "is a lambda"
+    elif function.__closure__:
+        why = f"is a closure: it holds {', '.join(function.__code__.co_freevars)} of the function around it"
+    elif "<locals>" in name:
+        why = "is defined inside another function"
+    module = sys.modules.get(function.__module__)
+    file = getattr(module, "__file__", None)
+    if why is None and (file is None or _found(module, name) is not function):
+        why = f"is not what {function.__module__} calls {name}"
+    if why:
+        raise UsageError(
+            f"vram.measure: {role} {name} {why}; a worker process takes only functions of a module's top level"
+        )
+    return {"file": str(Path(str(file)).absolute()), "module": function.__module__, "name": name}
+
+
+def _found(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def own_job(case: OwnCase, build: dict[str, str], call: dict[str, str]) -> Message:
+    """What a worker must know of a test's own pipeline."""
+    return {"id": case.id, "own": {"build": build, "call": call, "sys_path": list(sys.path)}}
+
+
+def readable(function: dict[str, str], root: Path) -> str:
+    """`file:function`, the file as seen from `root`."""
+    file = Path(function["file"])
+    inside = file.is_relative_to(root)
+    return f"{(file.relative_to(root) if inside else Path(file.name)).as_posix()}:{function['name']}"

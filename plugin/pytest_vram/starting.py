@@ -1,0 +1,96 @@
+"""What `pytest-vram init` writes into somebody's repository; it overwrites nothing."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from pytest_vram.errors import UsageError
+
+SWEEP = '''\
+"""Every case of matrix.toml, from prompt to pixels, each in a process of its own."""
+
+
+def test_generation(vram_case):
+    vram_case.run()
+'''
+PIPELINE = '''\
+"""What our own pipeline costs; @pytest.mark.vram(max_required="8GiB") above a test makes it fail above that."""
+
+from {build_module} import {build_name}
+from {call_module} import {call_name}
+
+
+def test_pipeline(vram):
+    vram.measure({build_name}, {call_name})
+'''
+CONFTEST = """\
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_const", const="cuda", dest="vram_device", default="meta")
+"""
+REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file: what was done, and what is left to do."""
+
+    path: str
+    done: str
+    left: str = ""
+
+
+def initialize(root: Path, build: str | None, call: str | None) -> Iterator[Written]:
+    """Write what is missing under `root`; `build` and `call` read `module:function`.
+
+    Raises:
+        UsageError: bad references, or a folder that cannot be written.
+    """
+    if (build is None) != (call is None):
+        raise UsageError("--build and --call go together: the one makes the pipeline, the other calls it")
+    contents = {
+        "bench/test_generation.py": SWEEP,
+        "bench/matrix.toml": (files("pytest_vram") / "cases" / "matrix.toml").read_text(encoding="utf-8"),
+    }
+    if build and call:
+        (build_module, build_name), (call_module, call_name) = _split(build, "--build"), _split(call, "--call")
+        contents["bench/test_pipeline.py"] = PIPELINE.format(
+            build_module=build_module, build_name=build_name, call_module=call_module, call_name=call_name
+        )
+    try:
+        (root / "bench").mkdir(parents=True, exist_ok=True)
+        for name, text in contents.items():
+            yield _write(root, name, text)
+        yield _conftest(root)
+    except OSError as error:
+        raise UsageError(f"init: {error.filename} cannot be written: {error.strerror}") from error
+
+
+def _split(reference: str, option: str) -> tuple[str, str]:
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise UsageError(f"{option}: {reference!r} is not module:function, such as app.pipelines:build")
+    return match[1], match[2]
+
+
+def _write(root: Path, name: str, text: str) -> Written:
+    path = root / name
+    if path.exists():
+        return Written(name, "is there", "" if path.read_text(encoding="utf-8") == text else "left as it is")
+    path.write_text(text, encoding="utf-8")
+    return Written(name, "written")
+
+
+def _conftest(root: Path) -> Written:
+    """The root's conftest.py gets --gpu, unless it has options of its own: then the lines are for a person to add."""
+    path = root / "conftest.py"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if "--gpu" in old:
+        return Written("conftest.py", "has --gpu")
+    if "pytest_addoption" in old:
+        return Written(
+            "conftest.py", "left as it is", f"add to its pytest_addoption: {CONFTEST.splitlines()[1].strip()}"
+        )
+    path.write_text(f"{old.rstrip()}\n\n\n{CONFTEST}" if old.strip() else CONFTEST, encoding="utf-8")
+    return Written("conftest.py", "--gpu added" if old else "written")
