@@ -90,6 +90,8 @@ class Trace(TorchDispatchMode):
         self.events: list[Event] = []
         self.count = self.live = self.peak = 0
         self._storages: dict[int, Any] = {}
+        self._blocks: dict[int, Block] = {}
+        self._on_host: set[int] = set()
         self._shapes: dict[Any, Any] = {}
         self._used_cublas = False
 
@@ -117,22 +119,39 @@ class Trace(TorchDispatchMode):
         self.events.append((0, f"enter:{phase}"))
 
     def on_host(self, tensor: torch.Tensor) -> None:
-        """This tensor's storage takes nothing on the GPU."""
-        self._storages[tensor.untyped_storage()._cdata] = None
+        """From now on this tensor's storage takes nothing on the GPU, nor does a copy of it."""
+        key = self._known(tensor)
+        self._on_host.add(key)
+        if block := self._blocks.pop(key, None):
+            self.free(block)
+
+    def arrive(self, tensor: torch.Tensor) -> None:
+        """This tensor's storage comes to the GPU."""
+        key = self._known(tensor)
+        self._on_host.discard(key)
+        if key not in self._blocks:
+            self._blocks[key] = self.malloc(tensor.untyped_storage().nbytes())
 
     def track(self, tensor: torch.Tensor) -> None:
-        """This tensor's storage is on the GPU from now until it is collected."""
+        """A storage that is not known yet is on the GPU from now until it is collected."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._storages or not storage.nbytes():
-            return
-        block = self.malloc(storage.nbytes())
+        if storage._cdata not in self._storages and storage.nbytes():
+            self.arrive(tensor)
+
+    def _known(self, tensor: torch.Tensor) -> int:
+        """The key of the tensor's storage, whose block goes when it is collected."""
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata
 
         def dead(_: Any) -> None:
             del self._storages[key]
-            self.free(block)
+            self._on_host.discard(key)
+            if block := self._blocks.pop(key, None):
+                self.free(block)
 
-        self._storages[key] = weakref.ref(storage, dead)
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, dead)
+        return key
 
     # How operators run
 
@@ -140,6 +159,8 @@ class Trace(TorchDispatchMode):
         if func is aten.convolution.default and any(t.is_meta for t in _tensors_in(args)):
             return self._convolution(func, args, kwargs or {})
         out = self._run(func, args, kwargs or {})
+        if func is aten._to_copy.default and args[0].untyped_storage()._cdata in self._on_host:
+            self.on_host(out)
         for tensor in _tensors_in((out,)):
             self.track(tensor)
         if not self._used_cublas and func in MATMULS:

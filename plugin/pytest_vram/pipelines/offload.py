@@ -1,51 +1,50 @@
 """Offload with no GPU: the comings and goings of the weights, told to a recorder as accelerate's hooks make them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-Block = Any
+from pytest_vram.pipelines.build import modules_in_order
 
 
 class Recorder(Protocol):
     """Where memory on the simulated GPU is taken and given back."""
 
-    def malloc(self, size: int) -> Block: ...
-
-    def free(self, block: Block) -> None: ...
-
     def empty_cache(self) -> None: ...
 
     def on_host(self, tensor: torch.Tensor) -> None:
-        """From now on this tensor's storage takes nothing on the GPU."""
+        """From now on this tensor's storage takes nothing on the GPU, nor does a copy of it."""
+
+    def arrive(self, tensor: torch.Tensor) -> None:
+        """This tensor's storage comes to the GPU."""
 
 
 class Unit:
     """The weights that come and go together."""
 
-    def __init__(self, modules: Iterable[torch.nn.Module], recorder: Recorder) -> None:
-        tensors = {
-            id(tensor): tensor
-            for module in modules
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        }
-        self.sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
-        self.recorder = recorder
-        self.blocks: list[Block] = []
+    def __init__(self, modules: Sequence[torch.nn.Module], recorder: Recorder) -> None:
+        self.modules, self.recorder = modules, recorder
+        self.loaded = False
         self.loads = 0
-        for tensor in tensors.values():
-            recorder.on_host(tensor)
+        self._each(recorder.on_host)
+
+    def _each(self, move: Callable[[torch.Tensor], None]) -> None:
+        """What the modules hold now: a cast in between makes new tensors."""
+        for module in self.modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    move(tensor)
 
     def load(self) -> None:
-        if not self.blocks:
+        if not self.loaded:
+            self.loaded = True
             self.loads += 1
-            self.blocks = [self.recorder.malloc(size) for size in self.sizes]
+            self._each(self.recorder.arrive)
 
     def drop(self) -> None:
-        while self.blocks:
-            self.recorder.free(self.blocks.pop(0))
+        self.loaded = False
+        self._each(self.recorder.on_host)
 
 
 class _Entry:
@@ -55,7 +54,7 @@ class _Entry:
         self.unit, self.units = unit, units
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if not self.unit.blocks:
+        if not self.unit.loaded:
             for other in self.units:
                 other.drop()
             self.unit.recorder.empty_cache()
@@ -68,7 +67,7 @@ class _Entry:
 
 def one_network_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Recorder) -> Callable[[], bool]:
     """`enable_model_cpu_offload`: entering a network sends the others away. The result says whether any came."""
-    units = [Unit(network.modules(), recorder) for network in networks.values()]
+    units = [Unit(list(modules_in_order({name: network})), recorder) for name, network in networks.items()]
     for network, unit in zip(networks.values(), units, strict=True):
         entry = _Entry(unit, units)
         network._hf_hook = entry  # type: ignore[assignment]
@@ -77,12 +76,18 @@ def one_network_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Rec
 
 
 def one_layer_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Recorder) -> Callable[[], bool]:
-    """`enable_sequential_cpu_offload`: every module with weights of its own has them for its own forward only."""
+    """`enable_sequential_cpu_offload`: every module with weights of its own has them for its own forward only, and
+    accelerate empties the allocator's cache when they have come."""
     units = []
+
+    def enter(unit: Unit) -> None:
+        unit.load()
+        recorder.empty_cache()
+
     for module in (module for network in networks.values() for module in network.modules()):
         if module._parameters or module._buffers:
             unit = Unit([module], recorder)
-            module.register_forward_pre_hook(lambda _, __, unit=unit: unit.load())
+            module.register_forward_pre_hook(lambda _, __, unit=unit: enter(unit))
             module.register_forward_hook(lambda _, __, ___, unit=unit: unit.drop())
             units.append(unit)
     return lambda: any(unit.loads for unit in units)
