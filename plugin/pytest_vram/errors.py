@@ -43,7 +43,8 @@ def first_problem(error: "ValidationError", source: str | Path) -> str:
     """The first problem pydantic found, as `file: key: what is right`."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    parts = [part for part in first["loc"] if not str(part).startswith("kind:")]  # the tag of a union is no key
+    key = ".".join(str(part) for part in parts) or "(top level)"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = " ".join(first["msg"].removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":

@@ -14,9 +14,10 @@ from pytest_vram.measure import environment
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.exactness import References
+from pytest_vram.measure.job import job_of, own_job
 from pytest_vram.measure.machine import Device, Machine, start_machine
-from pytest_vram.measure.measurement import SEARCH_INTERRUPTED, CaseInterrupted, Estimated, Settings, job_of, measure
-from pytest_vram.measure.own import described, own_job, readable
+from pytest_vram.measure.measurement import SEARCH_INTERRUPTED, CaseInterrupted, Estimated, Settings, measure
+from pytest_vram.measure.own import described, readable
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
@@ -163,7 +164,8 @@ class SweepSession:
         if options.device != "meta":
             self.references = References(wanted)
         if options.device != "cpu":
-            self.estimates = Estimates(wanted, models, self.machine.starter, ahead=keep_journal)
+            capability = self.machine.facts.get("compute_capability")
+            self.estimates = Estimates(wanted, models, self.machine.starter, capability, ahead=keep_journal)
         if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
             self.estimates.finish(options.settings.timeout_s, self.say)
         self.first_case_began = time.monotonic()

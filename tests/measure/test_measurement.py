@@ -17,8 +17,9 @@ from pytest_vram.cases.models import read_model
 from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
 from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
+from pytest_vram.measure.job import job_of
 from pytest_vram.measure.machine import Device, Machine
-from pytest_vram.measure.measurement import CaseInterrupted, Settings, job_of, measure
+from pytest_vram.measure.measurement import CaseInterrupted, Settings, measure
 from pytest_vram.measure.sampling import Sampler
 from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Time
 from tests.measure.tasks import MIB, ROUND

@@ -78,10 +78,10 @@ class OwnCase(BaseModel):
 
 def _kind(value: Any) -> str:
     own = "build" in value if isinstance(value, dict) else isinstance(value, OwnCase)
-    return "own" if own else "sweep"
+    return "kind:own" if own else "kind:sweep"
 
 
-AnyCase = Annotated[Annotated[Case, Tag("sweep")] | Annotated[OwnCase, Tag("own")], Discriminator(_kind)]
+AnyCase = Annotated[Annotated[Case, Tag("kind:sweep")] | Annotated[OwnCase, Tag("kind:own")], Discriminator(_kind)]
 
 
 def _limit_label(limit_bytes: int | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from pytest_vram.errors import StartError
 from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.forkserver import Starter, Worker
+from pytest_vram.measure.job import job_of
 from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
 from pytest_vram.pipelines.optimizations import impossible
 from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Wall
@@ -31,9 +32,17 @@ class Estimates:
     """
 
     def __init__(
-        self, cases: Iterable[Case], models: dict[str, Model], starter: Starter, *, ahead: bool = True
+        self,
+        cases: Iterable[Case],
+        models: dict[str, Model],
+        starter: Starter,
+        capability: str | None = None,
+        *,
+        ahead: bool = True,
     ) -> None:
-        """`ahead` estimates cases that nobody has asked for yet; off where others estimate them too."""
+        """`capability` is the GPU's compute capability, where it is known. `ahead` estimates cases that nobody has
+        asked for yet; off where others estimate them too."""
+        self._capability = capability
         self._waiting = deque(case for case in cases if impossible(case.optimizations, "meta") is None)
         self._models, self._starter = models, starter
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,14 +68,11 @@ class Estimates:
     def _start(self, case: Case) -> None:
         try:
             worker = self._starter.start(ESTIMATE, {})
-            worker.channel.send({"case": case.model_dump(mode="json"), "model": self._job_model(case)})
+            worker.channel.send({**job_of(case, self._models[case.model]), "capability": self._capability})
         except (StartError, Closed) as error:
             self._done[case] = {"event": "failed", "message": str(error)}, 0.0
             return
         self._running[case] = worker, time.monotonic()
-
-    def _job_model(self, case: Case) -> Any:
-        return self._models[case.model].model_dump(mode="json", by_alias=True)
 
     @staticmethod
     def _read(worker: Worker) -> Message:

@@ -10,7 +10,6 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from pytest_vram.cases.case import AnyCase, Case
-from pytest_vram.cases.models import Model
 from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
 from pytest_vram.measure.channel import Closed, Message
@@ -39,7 +38,6 @@ from pytest_vram.records.schema import (
 
 GENERATION = "pytest_vram.measure.generation:run"
 NEED_FIELDS = ("memory.need_bytes", "memory.need_tolerance_bytes", "memory.required_bytes", "time.at_need_s")
-EXACT_WITHIN = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
 
@@ -90,15 +88,6 @@ class _Run:
     @property
     def done(self) -> bool:
         return bool(self.outcome["event"] == "done")
-
-
-def job_of(case: Case, model: Model) -> Message:
-    """What a worker must know of a case of a sweep."""
-    return {
-        "id": case.id,
-        "case": case.model_dump(mode="json"),
-        "model": model.model_dump(mode="json", by_alias=True),
-    }
 
 
 def measure(
@@ -415,9 +404,7 @@ def _with_exactness(record: Record, outcome: Message, against: Case | None, no_r
     if "difference" not in outcome:
         reason = without_paths(outcome.get("difference_error", "it was not reported"))
         return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": reason}})
-    limit = EXACT_WITHIN[next(o.dtype for o in chosen(record.case.optimizations) if o.dtype)]
-    exact = outcome["difference"]["mean_abs_difference"] <= limit
-    found = {**outcome["difference"], "against": against.id, "tolerance": limit, "exact": exact}
+    found = {**outcome["difference"], "against": against.id}
     try:
         return record.model_copy(update={"exactness": Exactness.model_validate(found)})
     except ValidationError as error:

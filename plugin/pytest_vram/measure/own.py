@@ -6,9 +6,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from pytest_vram.cases.case import OwnCase
 from pytest_vram.errors import UsageError
-from pytest_vram.measure.channel import Message
 
 
 def described(function: Callable[..., Any], role: str) -> dict[str, str]:
@@ -42,11 +40,6 @@ def _found(module: Any, name: str) -> Any:
     for part in name.split("."):
         module = getattr(module, part, None)
     return module
-
-
-def own_job(case: OwnCase, build: dict[str, str], call: dict[str, str]) -> Message:
-    """What a worker must know of a test's own pipeline."""
-    return {"id": case.id, "own": {"build": build, "call": call, "sys_path": list(sys.path)}}
 
 
 def readable(function: dict[str, str], root: Path) -> str:

@@ -46,5 +46,7 @@ def estimate(job: Message, reporter: Reporter) -> None:
 
     torch.set_num_threads(1)
 
-    result: dict[str, Any] = asdict(simulate(Model.model_validate(job["model"]), Case.model_validate(job["case"])))
+    model, case = Model.model_validate(job["model"]), Case.model_validate(job["case"])
+    arguments = {"capability": float(job["capability"])} if job.get("capability") else {}
+    result: dict[str, Any] = asdict(simulate(model, case, **arguments))
     reporter.ask("done", **result)

@@ -9,7 +9,7 @@ from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model
 from pytest_vram.measure.allocator import EXPANDABLE_SLACK, MIB, replay, smallest_cap
 from pytest_vram.measure.phases import Phases
-from pytest_vram.measure.trace import CPU, KEEP_VALUES, OneDevice, Trace, as_meta
+from pytest_vram.measure.trace import CPU, HOPPER, KEEP_VALUES, OneDevice, Trace, as_meta
 from pytest_vram.pipelines.build import (
     assemble,
     build_component,
@@ -36,8 +36,9 @@ class Estimate:
     effects: dict[str, str]
 
 
-def simulate(model: Model, case: Case) -> Estimate:
-    """Call the real pipeline twice for two steps on meta tensors, and replay its allocations.
+def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
+    """Call the real pipeline twice for two steps on meta tensors, and replay its allocations as a GPU of this compute
+    capability would make them.
 
     Raises:
         UsageError: where diffusers or transformers lack a class that the model names.
@@ -51,7 +52,7 @@ def simulate(model: Model, case: Case) -> Estimate:
             components = {name: build_component(part, dtype) for name, part in model.components.items()}
         for module in components.values():
             _large_buffers_to_meta(module)
-        with OneDevice(), Trace() as trace:
+        with OneDevice(), Trace(capability) as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:
                 for module in modules_in_order(components):

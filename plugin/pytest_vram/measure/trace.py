@@ -17,7 +17,11 @@ from pytest_vram.measure.allocator import MIB, ROUNDING, Event, rounded
 aten = torch.ops.aten
 CPU, META = torch.device("cpu"), torch.device("meta")
 KEEP_VALUES = 1 << 20  # tensors of at most so many elements, made of no weight, stay real
-CUBLAS_WORKSPACE = 32 * MIB  # taken at the first matrix product on Hopper; PyTorch takes about 8 MiB on older GPUs
+# What PyTorch takes for cuBLAS at the first matrix product (CublasHandlePool.cpp): :4096:8 KiB from Hopper on, and
+# :4096:2:16:8 KiB on older GPUs.
+CUBLAS_WORKSPACE = 32 * MIB
+OLDER_CUBLAS_WORKSPACE = (4096 * 2 + 16 * 8) << 10
+HOPPER = 9.0
 MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 SHAPE_FROM_VALUES = {"aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"}
 
@@ -85,8 +89,10 @@ def _with_strides_kept(func: Any, args: Any, out: Any) -> Any:
 class Trace(TorchDispatchMode):
     """Executes operators on meta and real tensors mixed, and records the births and deaths of storages as events."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: float = HOPPER) -> None:
+        """`capability` is the GPU's compute capability."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._cublas_workspace = CUBLAS_WORKSPACE if capability >= HOPPER else OLDER_CUBLAS_WORKSPACE
         self.events: list[Event] = []
         self.count = self.live = self.peak = 0
         self._storages: dict[int, Any] = {}
@@ -165,7 +171,7 @@ class Trace(TorchDispatchMode):
             self.track(tensor)
         if not self._used_cublas and func in MATMULS:
             self._used_cublas = True
-            self.malloc(CUBLAS_WORKSPACE)
+            self.malloc(self._cublas_workspace)
         return out
 
     def _convolution(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:

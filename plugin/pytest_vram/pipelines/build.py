@@ -79,7 +79,8 @@ def _dtype(tensor: torch.Tensor, path: str, name: str, kept: set[str], dtype: to
 
 
 class Noise:
-    """Small normal noise for parameters; zeros would run faster than real data.
+    """Small normal noise for parameters; zeros would run faster than real data. The weights of norms are near one, as
+    trained ones are, so that images have contrast.
 
     On the host a block of noise is repeated. With `share`, host parameters are slices of one such tensor for each
     dtype, each from another offset: what only travels to the GPU needs no memory of its own.
@@ -98,13 +99,14 @@ class Noise:
             for dtype, counts in sizes.items():
                 self._shared[dtype] = self._fill(torch.empty(max(counts) + SHARED_STRIDE * len(counts), dtype=dtype))
 
-    def like(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Noise of this shape and dtype, on the device."""
+    def like(self, parameter: torch.Tensor, mean: float) -> torch.Tensor:
+        """Noise of this shape and dtype about `mean`, on the device."""
         shared = self._shared.get(parameter.dtype)
         if shared is not None:
             self._offset += SHARED_STRIDE
             return shared[self._offset :][: parameter.numel()].view(parameter.shape)
-        return self._fill(torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device))
+        data = self._fill(torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device))
+        return data.add_(mean) if mean else data
 
     def _fill(self, data: torch.Tensor) -> torch.Tensor:
         if self._device != "cpu":
@@ -136,7 +138,8 @@ def fill(components: Mapping[str, torch.nn.Module], noise: Noise, device: str) -
             if tensor is None:
                 continue
             if id(tensor) not in made:
-                made[id(tensor)] = torch.nn.Parameter(noise.like(tensor), requires_grad=False)
+                mean = 1.0 if name == "weight" and "Norm" in type(module).__name__ else 0.0
+                made[id(tensor)] = torch.nn.Parameter(noise.like(tensor, mean), requires_grad=False)
             module._parameters[name] = made[id(tensor)]
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -17,10 +17,10 @@ def legend(assumed_context: int) -> str:
     """What the columns of the summary are; `assumed_context` in bytes."""
     assumed = f"{assumed_context >> 20} MiB"
     return f"""\
-GiB. required: the free memory a card must have; ~ is estimated: the simulated need, and the context that was
-measured, or {assumed}. call s: one call, median. full s: a call of the model's native steps, calculated.
-alloc.: peak of tensors. reserv.: peak of PyTorch's pool. NVML: peak of the process, as nvidia-smi shows it.
-s/step: one call of the denoiser. img/s: images a second."""
+GiB, s. required: the free memory a card must have, need + context; ~ is estimated: the simulated need, and
+the context that was measured, or {assumed}. alloc.: peak of tensors. reserv.: peak of PyTorch's pool.
+NVML: peak of the process, as nvidia-smi shows it. call s: one call, median. at need: the same call with no
+more memory than required. full s: a call of the model's native steps, calculated. img/s: images a second."""
 
 
 def gib(value: int | None) -> str:
@@ -86,7 +86,7 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], ass
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     table.add_column("case", overflow="fold", ratio=1)
     table.add_column("status", no_wrap=True)
-    for heading in ("required", "alloc.", "reserv.", "NVML", "call s", "full s", "s/step", "img/s"):
+    for heading in ("required", "alloc.", "reserv.", "NVML", "call s", "at need", "full s", "img/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     by_model: dict[str, list[Record]] = {}
     for record in records:
@@ -107,6 +107,8 @@ def _row(record: Record, assumed_context: int) -> list[str]:
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
     if no_effect:
         label += f"\n   {', '.join(no_effect)}: no effect"
+    if record.exactness is not None and not record.exact:
+        label += f"\n   not exact: differs by {record.exactness.mean_abs_difference:.2g}"
     return [
         escape(f" {label}"),
         record.status if record.method == "measured" or record.status != "ok" else "estim.",
@@ -115,8 +117,8 @@ def _row(record: Record, assumed_context: int) -> list[str]:
         gib(memory.reserved_peak_bytes),
         gib(memory.nvml_process_peak_bytes),
         seconds(time.median_s),
+        seconds(time.at_need_s),
         seconds(time.full_length_s),
-        "–" if time.step_s is None else f"{time.step_s:.4f}",
         "–" if time.images_per_s is None else f"{time.images_per_s:.2f}",
     ]
 
