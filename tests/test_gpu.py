@@ -37,6 +37,9 @@ def command(results: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "bench", *fixed, f"--vram-results={results}", *options]
 
 
+NO_NEED = "--vram-no-need"
+
+
 def run(results: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command(results, *options), cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -74,7 +77,14 @@ def test_a_case_is_measured_whole(gpu: nvml.Gpu, tmp_path: Path) -> None:
     assert weights < allocated < reserved < memory.nvml_process_peak_bytes
     assert (memory.context_bytes or 0) > 100 * MIB
     assert memory.estimated_allocated_peak_bytes == pytest.approx(allocated, rel=0.01)
-    assert memory.need_bytes is None
+    assert memory.need_bytes
+    assert memory.context_bytes
+    assert weights < memory.need_bytes <= reserved
+    assert memory.required_bytes == memory.need_bytes + memory.context_bytes
+    assert memory.estimated_need_bytes == pytest.approx(memory.need_bytes, rel=0.05)
+    assert (record.time.at_need_s or 0) > 0
+    assert record.wall
+    assert 1 <= record.wall.probes <= 8
     assert set(record.phases) == {"load", "encode", "denoise", "decode"}
     assert max(cost.allocated_peak_bytes or 0 for cost in record.phases.values()) == allocated
     assert [state.sm_clock_mhz for state in record.telemetry.rounds if state.sm_clock_mhz]
@@ -83,14 +93,25 @@ def test_a_case_is_measured_whole(gpu: nvml.Gpu, tmp_path: Path) -> None:
     assert len(list((tmp_path / "images").glob("*.png"))) == 1
 
 
+def test_a_pipeline_of_ones_own_has_a_need(tmp_path: Path) -> None:
+    example = [sys.executable, "-m", "pytest", "docs/example", "--gpu", f"--vram-results={tmp_path}"]
+    result = subprocess.run(example, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    record = only_record(tmp_path)
+    assert record.memory.need_bytes
+    assert record.memory.required_bytes
+    assert record.memory.need_bytes <= (record.memory.reserved_peak_bytes or 0)
+    assert set(record.phases) == {"load", "encode", "denoise", "decode"}
+
+
 def test_a_limit_is_what_a_smaller_card_would_do(tmp_path: Path) -> None:
-    assert run(tmp_path / "small", "--vram-limit=2GiB").returncode == 0
+    assert run(tmp_path / "small", "--vram-limit=2GiB", NO_NEED).returncode == 0
     failure = only_record(tmp_path / "small").failure
     assert failure
     assert failure.limit_bytes == 2 << 30
     assert failure.phase == "load"
     assert failure.requested_bytes
-    assert run(tmp_path / "enough", "--vram-limit=3500MiB").returncode == 0
+    assert run(tmp_path / "enough", "--vram-limit=3500MiB", NO_NEED).returncode == 0
     enough = only_record(tmp_path / "enough")
     assert enough.status == "ok"
     assert (enough.memory.nvml_process_peak_bytes or 0) <= 3500 * MIB
@@ -148,7 +169,7 @@ def test_a_shared_gpu_is_refused_or_said(neighbour: None, tmp_path: Path) -> Non
     assert refused.returncode == 4
     assert "--vram-allow-shared" in refused.stderr
     assert not (tmp_path / "refused").exists()
-    assert run(tmp_path / "allowed", "--vram-allow-shared").returncode == 0
+    assert run(tmp_path / "allowed", "--vram-allow-shared", NO_NEED).returncode == 0
     record = only_record(tmp_path / "allowed")
     assert record.disturbed
     assert (record.memory.nvml_device_peak_bytes or 0) < 5 << 30

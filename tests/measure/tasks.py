@@ -14,6 +14,8 @@ from pytest_vram.measure.worker import Reporter
 
 MIB = 1 << 20
 ROUND = {"encode": 0.1, "denoise": 0.6, "decode": 0.3}
+SECOND_CALL = {"encode": 0.2, "denoise": 0.8, "decode": 0.4}  # of a probe
+DIFFERENCE = {"max_abs_difference": 0.5, "mean_abs_difference": 0.001, "psnr_db": 40.0}
 
 
 def facts(job: Message, reporter: Reporter) -> None:
@@ -89,7 +91,9 @@ def blow(job: Message, reporter: Reporter) -> None:
 def generate(job: Message, reporter: Reporter) -> None:
     """The messages of generation.py with no pipeline; the script says what differs.
 
-    `failed` holds the fields of a failure, `done` those that replace the figures below.
+    `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap of
+    `need_mib`, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or the fields
+    of its failure. `no_reference` is why a reference fails. An output is the id of its case.
     """
     script = script_of(job)
     figures: dict[str, Any] = {
@@ -98,13 +102,16 @@ def generate(job: Message, reporter: Reporter) -> None:
         "warmup_s": 3.0,
         "rounds_wall_s": 3.0,
         "rounds": [ROUND] * 3,
-        "effects": dict.fromkeys(job["case"]["optimizations"], "applied"),
+        "effects": dict.fromkeys(job["case"]["optimizations"] if "case" in job else (), "applied"),
         "denoiser_calls": 3,
         "native_denoiser_calls": 30,
+        "native_steps": 25,
+        "images": 2,
         "phase_peaks": {},
         "weights_bytes": 300 * MIB,
         "host_peak_bytes": 1000 * MIB,
     }
+    cap = None
     if job["device"] == "cuda":
         cap = reporter.ask("context", reserved_bytes=0)["cap_bytes"]
         reporter.send("phase", phase=f"cap {cap}")
@@ -116,8 +123,14 @@ def generate(job: Message, reporter: Reporter) -> None:
             "reserved_bytes": reserved,
             "alloc_retries": 0,
         }
-    figures |= script.get("done", {})
     reporter.send("phase", phase="load")
+    if job.get("probe"):
+        _probe(script, cap, figures, reporter)
+        return
+    if job.get("reference"):
+        _reference(script, job, reporter)
+        return
+    figures |= script.get("done", {})
     reporter.send("phase", phase="warm-up")
     if "failed" in script:
         reporter.ask("failed", **{**figures, **script["failed"]})
@@ -125,4 +138,30 @@ def generate(job: Message, reporter: Reporter) -> None:
     reporter.send("rounds", count=len(figures["rounds"]), pilot_s=1.0, found={"weights_bytes": 300 * MIB})
     for index in range(len(figures["rounds"])):
         reporter.send("round", index=index)
+    if job.get("keep_output"):
+        Path(job["keep_output"]).write_text(job["id"])
+    if job.get("compare_output"):
+        assert Path(job["compare_output"]).exists()
+        figures |= script.get("compared", {"difference": DIFFERENCE})
     reporter.ask("done", **figures)
+
+
+def _probe(script: dict[str, Any], cap: int | None, figures: dict[str, Any], reporter: Reporter) -> None:
+    if cap is None or cap >= script.get("need_mib", 550) * MIB:
+        calls = {"second_call": SECOND_CALL, "second_call_retries": 4, "denoiser_calls": 2}
+        reporter.ask("done", **{**figures, **calls, **script.get("fits", {})})
+        return
+    below = script.get("below", {})
+    if below == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if below == "hang":
+        time.sleep(60)
+    failure = {"status": "oom", "swallowed": False, "phase": "denoise", "message": "OutOfMemoryError: CUDA"}
+    reporter.ask("failed", **{**figures, **failure, **below})
+
+
+def _reference(script: dict[str, Any], job: Message, reporter: Reporter) -> None:
+    if "no_reference" in script:
+        reporter.ask("failed", status="error", swallowed=False, phase="decode", message=script["no_reference"])
+    Path(job["keep_output"]).write_text(job["case"]["model"])
+    reporter.ask("done")

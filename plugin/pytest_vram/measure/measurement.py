@@ -112,7 +112,7 @@ def measure(
         nothing = {"memory": "skipped", "time": "skipped"}
         return Record(status="skipped", reason=reason, unavailable=nothing, **common)
     began = time.monotonic()
-    measurer = _Measurer(case, job, machine, settings, say)
+    measurer = CaseWorkers(case, job, machine, settings, say)
     try:
         against, no_reference = measurer.compare(references)
         runs = measurer.rounds()
@@ -133,7 +133,7 @@ def measure(
     return _with_need(record, need, time.monotonic() - began)
 
 
-class _Measurer:
+class CaseWorkers:
     """The workers of one case, one after the other."""
 
     def __init__(self, case: AnyCase, job: Message, machine: Machine, settings: Settings, say: Say) -> None:
@@ -210,10 +210,16 @@ class _Measurer:
             guess = estimated.need * memory.allocated_peak_bytes // estimated.allocated_peak
             spread = ESTIMATE_SPREAD
         self._room = memory.reserved_peak_bytes
-        return search(self._probe, guess, spread, self._room)
+        return search(self.probe, guess, spread, self._room)
 
-    def _probe(self, cap: int) -> Probe:
-        self.say(f"need: does it fit into {cap >> 20} MiB?")
+    def probe(self, cap: int | None) -> Probe:
+        """Whether a fresh worker completes under a cap in bytes, or with all that the GPU has free.
+
+        Raises:
+            NoNeed: when it fails, but not for memory.
+        """
+        room = "what is free" if cap is None else f"{cap >> 20} MiB"
+        self.say(f"need: does it fit into {room}?")
         outcome = self._worker(cap, probe=True).outcome
         if outcome["event"] == "done":
             return Probe(
@@ -225,12 +231,14 @@ class _Measurer:
                 outcome["second_call_retries"],
             )
         memory_is_why = outcome["status"] == "oom"
-        if outcome.get("swallowed") and cap < self._room:  # memory ran out, and another error ended it: see whether
+        if (
+            outcome.get("swallowed") and cap is not None and cap < self._room
+        ):  # memory ran out, and another error ended it: see whether
             if self._swallows is None:  # that one comes with room too
                 self._swallows = self._worker(self._room, probe=True).done
             memory_is_why = self._swallows
         if not memory_is_why:
-            raise NoNeed(f"under a cap of {cap >> 20} MiB it failed, but not for memory: {outcome['message']}")
+            raise NoNeed(f"within {room} it failed, but not for memory: {outcome['message']}")
         return Probe(cap, False, failed_in=outcome.get("phase"))
 
     def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> _Run:

@@ -15,7 +15,7 @@ ALLOCATED_SPREAD = 0.03  # the same for the allocated peak, where there is no es
 class Probe:
     """One fresh process under a cap, in bytes. `seconds` is its warm second call, phase by phase."""
 
-    cap: int
+    cap: int | None
     fits: bool
     reserved_peak: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
