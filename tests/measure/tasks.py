@@ -93,7 +93,7 @@ def generate(job: Message, reporter: Reporter) -> None:
 
     `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap of
     `need_mib`, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or the fields
-    of its failure. `no_reference` is why a reference fails. An output is the id of its case.
+    of its failure. `no_reference` is why a reference fails. An output is the names of its optimizations.
     """
     script = script_of(job)
     figures: dict[str, Any] = {
@@ -139,7 +139,7 @@ def generate(job: Message, reporter: Reporter) -> None:
     for index in range(len(figures["rounds"])):
         reporter.send("round", index=index)
     if job.get("keep_output"):
-        Path(job["keep_output"]).write_text(job["id"])
+        _keep_output(job)
     if job.get("compare_output"):
         assert Path(job["compare_output"]).exists()
         figures |= script.get("compared", {"difference": DIFFERENCE})
@@ -163,5 +163,10 @@ def _probe(script: dict[str, Any], cap: int | None, figures: dict[str, Any], rep
 def _reference(script: dict[str, Any], job: Message, reporter: Reporter) -> None:
     if "no_reference" in script:
         reporter.ask("failed", status="error", swallowed=False, phase="decode", message=script["no_reference"])
-    Path(job["keep_output"]).write_text(job["case"]["model"])
+        return
+    _keep_output(job)
     reporter.ask("done")
+
+
+def _keep_output(job: Message) -> None:
+    Path(job["keep_output"]).write_text("+".join(job["case"]["optimizations"]))

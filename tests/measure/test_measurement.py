@@ -12,17 +12,26 @@ from typing import Any
 import psutil
 import pytest
 
-from pytest_vram.cases.case import Case
+from pytest_vram.cases.case import AnyCase, Case, OwnCase
 from pytest_vram.cases.models import read_model
 from pytest_vram.errors import StartError
 from pytest_vram.measure import nvml
+from pytest_vram.measure.channel import Channel, Message
+from pytest_vram.measure.exactness import References
 from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
 from pytest_vram.measure.job import job_of
 from pytest_vram.measure.machine import Device, Machine
-from pytest_vram.measure.measurement import CaseInterrupted, Settings, measure
+from pytest_vram.measure.measurement import (
+    NEED_FIELDS,
+    SEARCH_INTERRUPTED,
+    CaseInterrupted,
+    Estimated,
+    Settings,
+    measure,
+)
 from pytest_vram.measure.sampling import Sampler
-from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Time
-from tests.measure.tasks import MIB, ROUND
+from pytest_vram.records.schema import Exactness, Failure, Memory, PhaseCost, Record, Time, Wall
+from tests.measure.tasks import DIFFERENCE, MIB, ROUND
 
 TINY = read_model(Path(__file__).parents[1] / "models" / "tiny-sd.toml")
 IDLE = 500 * MIB
@@ -36,6 +45,24 @@ def server() -> Iterator[ForkServer]:
     server.close()
 
 
+class Overheard(Channel):
+    """A worker's channel that remembers what the worker was told; Ctrl-C comes while it is listened to, if it should."""
+
+    def __init__(self, channel: Channel, interrupted: bool) -> None:
+        super().__init__(channel._socket)
+        self.interrupted = interrupted
+        self.told: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.told.append(message)
+        super().send(message)
+
+    def receive(self, timeout_s: float | None = None) -> Message | None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return super().receive(timeout_s)
+
+
 class Watched:
     """Starts workers by the server and remembers them."""
 
@@ -45,11 +72,15 @@ class Watched:
         self._server = server
         self.pids: list[int] = []
         self.environs: list[dict[str, str]] = []
+        self.channels: list[Overheard] = []
+        self.interrupted: int | None = None  # which worker, from 1, is at work when Ctrl-C comes
 
     def start(self, task: str, environ: Mapping[str, str]) -> Worker:
         worker = self._server.start(task, environ)
         self.pids.append(worker.pid)
         self.environs.append(dict(environ))
+        self.channels.append(Overheard(worker.channel, self.interrupted == len(self.pids)))
+        worker.channel = self.channels[-1]
         return worker
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
@@ -125,7 +156,7 @@ class Story:
 
 
 class Stage:
-    """A machine, a story, and one call to measure a case of the tiny model."""
+    """A machine, a story, and one call to measure a case of the tiny model, with no search unless it is asked for."""
 
     def __init__(self, server: Starter, device: Device, card: Card | None = None) -> None:
         self.starter = Watched(server)
@@ -140,28 +171,60 @@ class Stage:
         self,
         task: str = "generate",
         *,
+        case: AnyCase | None = None,
         optimizations: Sequence[str] = ("fp32",),
         limit_mib: int | None = None,
         settings: Mapping[str, Any] = {},
+        estimated: Estimated | None = None,
+        references: References | None = None,
         **script: Any,
     ) -> Record:
-        case = Case(
-            model="tiny-sd",
-            optimizations=tuple(optimizations),
-            height=32,
-            width=32,
-            batch_size=2,
-            steps=3,
-            guidance_scale=5.0,
-            scheduler="PNDMScheduler",
-            limit_bytes=None if limit_mib is None else limit_mib * MIB,
-        )
-        chosen = Settings(**{"task": f"tests.measure.tasks:{task}", "timeout_s": 20.0, **settings})
+        case = case or case_of(*optimizations, limit_mib=limit_mib)
+        chosen = Settings(**{"task": f"tests.measure.tasks:{task}", "timeout_s": 20.0, "need": False, **settings})
         model = TINY.model_copy(update={"pipeline_arguments": {"script": json.dumps(script)}})
-        record = measure(case, job_of(case, model), self.machine, chosen, self.story.say)
+        job = job_of(case, model) if isinstance(case, Case) else {"id": case.id, "own": {}}
+        job["model"] = model.model_dump(mode="json", by_alias=True)  # where the script is
+        record = measure(case, job, self.machine, chosen, self.story.say, estimated, references)
         assert (record.id, record.case, record.method) == (case.id, case, "measured")
-        assert not any(psutil.pid_exists(pid) for pid in self.starter.pids)
+        assert not self.leftovers
         return record
+
+    def search(self, **arguments: Any) -> Record:
+        """Measure with the search for the need."""
+        return self.measure(**arguments, settings={"need": True, **arguments.pop("settings", {})})
+
+    @property
+    def leftovers(self) -> list[int]:
+        return [pid for pid in self.starter.pids if psutil.pid_exists(pid)]
+
+    @property
+    def jobs(self) -> list[Message]:
+        return [channel.told[0] for channel in self.starter.channels]
+
+    @property
+    def probed(self) -> list[int]:
+        """The caps of the probes, in bytes."""
+        return [job_and_cap[1]["cap_bytes"] for job_and_cap in self._told if job_and_cap[0].get("probe")]
+
+    @property
+    def _told(self) -> list[list[Message]]:
+        return [channel.told for channel in self.starter.channels]
+
+
+def case_of(*optimizations: str, limit_mib: int | None = None, **changes: Any) -> Case:
+    """A case of the tiny model."""
+    facts = {
+        "model": "tiny-sd",
+        "optimizations": optimizations,
+        "height": 32,
+        "width": 32,
+        "batch_size": 2,
+        "steps": 3,
+        "guidance_scale": 5.0,
+        "scheduler": "PNDMScheduler",
+        "limit_bytes": None if limit_mib is None else limit_mib * MIB,
+    }
+    return Case(**{**facts, **changes})
 
 
 @pytest.fixture
@@ -177,6 +240,13 @@ def card() -> Card:
 @pytest.fixture
 def cuda(server: ForkServer, card: Card) -> Stage:
     return Stage(server, "cuda", card)
+
+
+UNEXPLAINED = ("estimated_allocated_peak_bytes", "at_need_alloc_retries")
+
+
+def found_of(record: Record) -> set[str]:
+    return {key for key, value in record.memory.model_dump().items() if value is not None}
 
 
 def failure_of(record: Record) -> Failure:
@@ -220,7 +290,14 @@ def test_times_are_medians_of_the_rounds(cuda: Stage) -> None:
     assert time.step_s == pytest.approx(0.3)  # 0.9 s by three calls
     assert time.images_per_s == pytest.approx(2 / 1.3)
     assert time.full_length_s == pytest.approx(0.1 + 30 * 0.3 + 0.3)
-    assert (time.full_length_steps, time.cold_s, time.rounds_discarded) == (3, 2.0, 0)
+    assert (time.full_length_steps, time.cold_s, time.rounds_discarded) == (25, 2.0, 0)
+
+
+def test_what_a_worker_does_not_know_of_its_calls_is_left_out(cuda: Stage) -> None:
+    record = cuda.measure(done={"images": None, "native_denoiser_calls": None, "native_steps": None})
+    assert record.time.median_s == pytest.approx(1.0)
+    assert (record.time.images_per_s, record.time.full_length_s, record.time.full_length_steps) == (None, None, None)
+    assert "scheduler does not say" in record.unavailable["time.full_length_s"]
 
 
 def test_a_case_on_the_cpu_has_times_and_no_gpu_memory(cpu: Stage) -> None:
@@ -246,18 +323,365 @@ def test_a_worker_gets_the_environment_of_its_optimizations(cuda: Stage) -> None
     assert (with_it, without) == ("expandable_segments:True", None)
 
 
+@pytest.mark.parametrize("need", [False, True])
 @pytest.mark.parametrize("where", ["cpu", "gpu", "gpu without NVML", "gpu not sampled"])
-def test_every_figure_that_is_missing_has_a_true_reason(server: ForkServer, where: str) -> None:
+def test_every_figure_that_is_missing_has_a_true_reason(server: ForkServer, where: str, need: bool) -> None:
     stage = Stage(server, "cpu" if where == "cpu" else "cuda", Card() if where in ("gpu", "gpu not sampled") else None)
     if where == "gpu without NVML":
         keys = ("nvml_process_peak_bytes", "nvml_device_peak_bytes")
         stage.machine.cannot = {f"memory.{key}": "NVML does not know this GPU" for key in keys}
-    record = stage.measure(settings={"interval_s": None} if where == "gpu not sampled" else {})
+    settings = {"interval_s": None} if where == "gpu not sampled" else {}
+    record = stage.measure(settings={**settings, "need": need})
     assert record.status == "ok"
     missing = {f"memory.{key}" for key, value in record.memory.model_dump().items() if value is None}
-    assert missing - record.unavailable.keys() <= {"memory.estimated_allocated_peak_bytes"}
+    searched = need and where != "cpu"
+    unexplained = {"estimated_allocated_peak_bytes"} if searched else UNEXPLAINED
+    assert missing - record.unavailable.keys() <= {f"memory.{key}" for key in unexplained}
+    assert ("memory.need_bytes" in missing) is not searched
+    assert not any(record.unavailable.keys() & {f"memory.{key}" for key in found_of(record)})
     untrue = [key for key in missing if "did not get so far" in record.unavailable.get(key, "")]
     assert untrue == []  # the worker did get to the end
+
+
+# The need
+
+
+def test_the_need_of_a_case(cuda: Stage) -> None:
+    record = cuda.search(need_mib=555)
+    memory, wall = record.memory, record.wall
+    assert record.status == "ok"
+    assert memory.need_bytes is not None
+    assert memory.need_tolerance_bytes == 16 * MIB
+    assert 555 * MIB <= memory.need_bytes < (555 + 16) * MIB
+    assert memory.required_bytes == memory.need_bytes + 400 * MIB  # and its context
+    assert memory.at_need_alloc_retries == 4  # of the second call under the cap
+    assert memory.alloc_retries == 0  # with room
+    assert record.need_phase == "denoise"
+    assert not record.unavailable.keys() & {*NEED_FIELDS, "need_phase"}
+    assert wall is not None
+    assert wall.probes == len(cuda.starter.pids) - 1 == len(cuda.probed) > 1
+    assert 0 < wall.need_s < wall.total_s
+
+
+def test_the_search_leaves_what_was_measured_as_it_is(cuda: Stage) -> None:
+    plain = cuda.measure()
+    record = cuda.search()
+    searched = {"need_bytes", "need_tolerance_bytes", "required_bytes", "at_need_alloc_retries"}
+    assert record.memory.model_dump(exclude=searched) == plain.memory.model_dump(exclude=searched)
+    assert record.time.model_dump(exclude={"at_need_s"}) == plain.time.model_dump(exclude={"at_need_s"})
+    same = {"phases", "effects", "telemetry", "disturbed", "failure"}
+    assert record.model_dump(include=same) == plain.model_dump(include=same)
+    assert record.unavailable == {k: v for k, v in plain.unavailable.items() if k not in NEED_FIELDS}
+
+
+def test_the_need_is_what_the_last_probe_that_fitted_has_taken(cuda: Stage) -> None:
+    record = cuda.search(need_mib=100, fits={"reserved_peak_bytes": 123 * MIB})
+    assert record.memory.need_bytes == 123 * MIB
+    assert cuda.probed[0] > 400 * MIB  # the allocated peak was a bad guess
+
+
+def test_the_call_at_need_is_as_long_as_the_measured_one(cuda: Stage) -> None:
+    record = cuda.search(done={"denoiser_calls": 5})
+    assert record.time.at_need_s == pytest.approx(0.2 + 5 * 0.8 / 2 + 0.4)  # a probe calls the denoiser twice
+
+
+def test_the_call_at_need_of_a_pipeline_with_no_phases(cuda: Stage) -> None:
+    whole = {"second_call": {"call": 0.7}, "denoiser_calls": 0}
+    assert cuda.search(done={"denoiser_calls": 0}, fits=whole).time.at_need_s == pytest.approx(0.7)
+
+
+def test_a_test_of_ones_own_has_a_need_and_nothing_to_compare_with(cuda: Stage, references: References) -> None:
+    record = cuda.search(case=OwnCase(model="test_mine.py", test="test_it", build="a", call="b"), references=references)
+    assert 550 * MIB <= (record.memory.need_bytes or 0) < 566 * MIB
+    assert (record.exactness, record.unavailable.get("exactness")) == (None, None)
+    assert all("own" in job and "keep_output" not in job and "compare_output" not in job for job in cuda.jobs)
+
+
+def test_the_need_is_searched_under_a_limit_too(cuda: Stage) -> None:
+    cuda.machine.context_bytes = 400 * MIB
+    record = cuda.search(limit_mib=980, need_mib=540)
+    assert cuda.story.caps == [f"cap {580 * MIB}"]
+    assert 540 * MIB <= (record.memory.need_bytes or 0) < 556 * MIB
+    assert max(cuda.probed) < 580 * MIB
+
+
+@pytest.mark.parametrize(
+    ("estimated_mib", "guess_mib"),
+    [(None, 500), ((540, 480), 562.5), ((500, 500), 500), ((250, 500), 250)],
+    ids=["at the allocated peak", "at the estimate, corrected", "at the estimate", "at a small estimate"],
+)
+def test_where_the_search_starts(cuda: Stage, estimated_mib: tuple[int, int] | None, guess_mib: float) -> None:
+    estimated = estimated_mib and Estimated(estimated_mib[0] * MIB, estimated_mib[1] * MIB)
+    cuda.search(estimated=estimated)
+    assert cuda.probed[0] / MIB == pytest.approx(guess_mib, rel=0.01)
+
+
+def test_a_good_estimate_saves_probes(server: ForkServer) -> None:
+    def probes(estimated: Estimated | None) -> int:
+        stage = Stage(server, "cuda")
+        big = {"allocated_peak_bytes": 5000 * MIB, "reserved_peak_bytes": 9000 * MIB}
+        stage.search(done=big, need_mib=6400, fits={"reserved_peak_bytes": None}, estimated=estimated)
+        return len(stage.probed)
+
+    assert probes(Estimated(6430 * MIB, 5000 * MIB)) <= 3 < probes(None)
+
+
+def test_every_probe_is_a_fresh_worker_with_the_environment_of_the_case(cuda: Stage) -> None:
+    cuda.search(optimizations=["fp32", "expandable_segments"])
+    assert len(cuda.probed) > 1
+    assert len(set(cuda.starter.pids)) == len(cuda.starter.pids) == 1 + len(cuda.probed)
+    assert {environ["PYTORCH_CUDA_ALLOC_CONF"] for environ in cuda.starter.environs} == {"expandable_segments:True"}
+    measured, *probes = cuda.jobs
+    assert all(probe == {**measured, "probe": True} for probe in probes)
+
+
+def test_only_the_rounds_are_sampled_and_told(cuda: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers: set[int] = set()
+    monkeypatch.setattr(Sampler, "sample", lambda sampler, states=False: workers.add(sampler.pid))
+    cuda.search()
+    assert workers == {cuda.starter.pids[0]}
+    told = cuda.story.texts[cuda.story.texts.index("round 3 of 3") + 1 :]
+    assert [f"{cap >> 20} MiB" in text for text, cap in zip(told, cuda.probed, strict=True)] == [True] * len(told)
+
+
+def assert_no_need(record: Record, reason: str, status: str = "ok") -> None:
+    assert record.status == status
+    assert (record.memory.need_bytes, record.memory.need_tolerance_bytes, record.memory.required_bytes) == (None,) * 3
+    assert (record.time.at_need_s, record.memory.at_need_alloc_retries, record.need_phase) == (None, None, None)
+    for name in NEED_FIELDS:
+        assert re.search(reason, record.unavailable[name])
+
+
+def test_no_need_on_the_cpu(cpu: Stage) -> None:
+    assert_no_need(cpu.search(), "no GPU memory")
+    assert len(cpu.starter.pids) == 1
+
+
+def test_no_need_where_none_is_wanted(cuda: Stage) -> None:
+    assert_no_need(cuda.measure(), "--vram-no-need")
+    assert len(cuda.starter.pids) == 1
+
+
+@pytest.mark.parametrize("status", ["oom", "error"])
+def test_no_need_of_a_case_that_failed(cuda: Stage, status: str) -> None:
+    record = cuda.search(failed={"status": status, "phase": "load", "message": "x"})
+    assert_no_need(record, "the case did not complete", status)
+    assert len(cuda.starter.pids) == 1
+
+
+def test_no_need_of_figures_that_cannot_be(cuda: Stage) -> None:
+    assert_no_need(cuda.search(done={"cold_s": 0.0}), "the case did not complete", "error")
+    assert len(cuda.starter.pids) == 1
+
+
+OTHER = {"status": "error", "message": "RuntimeError: shapes"}
+SWALLOWED = {"status": "oom", "swallowed": True, "message": "RuntimeError: shapes", "phase": "decode"}
+
+
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [(OTHER, "not for memory: RuntimeError: shapes"), ("die", "not for memory: the worker was killed by signal 9")],
+    ids=["an error", "killed"],
+)
+def test_a_probe_that_fails_for_another_reason_ends_the_search(cuda: Stage, below: Any, reason: str) -> None:
+    record = cuda.search(below=below)
+    assert_no_need(record, reason)
+    assert record.time.median_s == pytest.approx(1.0)
+    assert record.failure is None
+    assert len(cuda.probed) == 1
+
+
+def test_a_probe_that_hangs_ends_the_search(cuda: Stage) -> None:
+    assert_no_need(cuda.search(below="hang", settings={"timeout_s": 1.0}), "no result within 1 s")
+    assert len(cuda.probed) == 1
+
+
+def test_folders_are_cut_from_why_there_is_no_need(cuda: Stage) -> None:
+    text = f"no file {Path.home()}/models/a"
+    assert_no_need(cuda.search(below={**OTHER, "message": text}), "no file ~/models/a")
+
+
+def test_an_out_of_memory_that_the_pipeline_swallows_is_one_if_it_completes_with_room(cuda: Stage) -> None:
+    record = cuda.search(need_mib=555, below=SWALLOWED)
+    assert 555 * MIB <= (record.memory.need_bytes or 0) < (555 + 16) * MIB
+    assert record.need_phase == "decode"
+    assert cuda.probed.count(600 * MIB) == 1  # with room it was tried once
+
+
+def test_an_out_of_memory_that_is_swallowed_is_none_if_it_fails_with_room_too(cuda: Stage) -> None:
+    assert_no_need(cuda.search(need_mib=5000, below=SWALLOWED), "not for memory: RuntimeError: shapes")
+    assert cuda.probed[1:] == [600 * MIB]
+
+
+def test_no_need_where_not_even_its_own_reserved_peak_suffices(cuda: Stage) -> None:
+    assert_no_need(cuda.search(need_mib=5000), "its own reserved peak")
+    assert cuda.probed[-2:] == [600 * MIB, 616 * MIB]
+
+
+def test_no_required_memory_where_the_context_is_not_known(server: ForkServer) -> None:
+    record = Stage(server, "cuda").search()
+    assert (record.memory.context_bytes, record.memory.required_bytes) == (None, None)
+    assert record.memory.need_bytes is not None
+    assert record.unavailable["memory.required_bytes"] == "the context is not known"
+    assert not record.unavailable.keys() & (set(NEED_FIELDS) - {"memory.required_bytes"})
+
+
+@pytest.mark.parametrize("call", [{"encode": 0.0}, {"denoise": math.nan}, {"decode": -9.0}])
+def test_a_need_with_impossible_figures_is_not_shown(cuda: Stage, call: dict[str, float]) -> None:
+    record = cuda.search(fits={"second_call": call})
+    assert_no_need(record, "^impossible figures: ")
+    assert record.time.median_s == pytest.approx(1.0)
+
+
+# Where it is interrupted
+
+
+@pytest.mark.parametrize("moment", ["between two workers", "while a probe runs"])
+def test_ctrl_c_in_the_search_keeps_what_was_measured(
+    cuda: Stage, moment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def say(text: str) -> None:
+        if len(cuda.probed) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if moment == "between two workers":
+        monkeypatch.setattr(cuda.story, "say", say)
+    else:
+        cuda.starter.interrupted = 3
+    with pytest.raises(CaseInterrupted) as caught:
+        cuda.search()
+    record = caught.value.record
+    assert_no_need(record, f"^{SEARCH_INTERRUPTED}$")
+    assert (record.failure, record.memory.context_bytes) == (None, 400 * MIB)
+    assert record.time.median_s == pytest.approx(1.0)
+    assert len(cuda.starter.pids) == (2 if moment == "between two workers" else 3)
+    assert cuda.leftovers == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# The output, compared with that of the case without its exact flags
+
+TILED = case_of("fp32", "vae_tiling")
+
+
+@pytest.fixture
+def references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[References]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cases = [case_of("fp32"), TILED, case_of("fp32", "vae_slicing"), case_of("fp32", "model_offload")]
+    references = References(cases)
+    yield references
+    references.close()
+
+
+def output(job: Message, key: str) -> str:
+    return Path(job[key]).read_text()
+
+
+def test_a_case_keeps_its_output_for_those_that_are_compared_with_it(cuda: Stage, references: References) -> None:
+    plain = cuda.measure(references=references)
+    assert (plain.exactness, plain.exact, plain.unavailable.get("exactness")) == (None, None, None)
+    tiled = cuda.measure(case=TILED, references=references)
+    assert tiled.exactness == Exactness(against=plain.id, **DIFFERENCE)
+    assert tiled.exact is True
+    kept, compared = cuda.jobs  # no third worker: the output was there
+    assert kept["keep_output"] == compared["compare_output"]
+    assert output(compared, "compare_output") == "fp32"
+    assert "compare_output" not in kept
+    assert "keep_output" not in compared
+
+
+def test_an_output_that_is_missing_is_made_by_one_more_worker_and_used_again(
+    cuda: Stage, references: References
+) -> None:
+    compared = [
+        cuda.measure(case=case, references=references) for case in (TILED, TILED, case_of("fp32", "vae_slicing"))
+    ]
+    assert [record.exactness for record in compared] == [Exactness(against=case_of("fp32").id, **DIFFERENCE)] * 3
+    reference, *others = cuda.jobs
+    assert len(others) == 3
+    assert (reference["reference"], reference["on_host"]) == (True, False)
+    assert Case.model_validate(reference["case"]) == case_of("fp32")
+    assert {other["compare_output"] for other in others} == {reference["keep_output"]}
+    assert not any("reference" in other for other in others)
+    assert cuda.story.texts[0] == f"the output of {case_of('fp32').id}, to compare with"
+    assert len(compared[0].time.workers) == 1
+    assert len(compared[0].telemetry.rounds) == 3
+
+
+def test_a_reference_has_the_environment_of_its_own_flags_and_no_limit(cuda: Stage, references: References) -> None:
+    case = case_of("fp32", "expandable_segments", limit_mib=2000)
+    record = cuda.measure(case=case, references=references)
+    assert [environ.get("PYTORCH_CUDA_ALLOC_CONF") for environ in cuda.starter.environs] == [
+        None,
+        "expandable_segments:True",
+    ]
+    (_, reference_cap), (_, cap) = (channel.told for channel in cuda.starter.channels)
+    assert (reference_cap["cap_bytes"], cap["cap_bytes"]) == (None, 2000 * MIB - cuda.machine.context_bytes)
+    assert record.exactness is not None
+    assert record.exactness.against == case_of("fp32").id
+
+
+def test_an_offloaded_case_is_compared_with_weights_that_are_made_on_the_host(
+    cuda: Stage, references: References
+) -> None:
+    cuda.measure(references=references)
+    record = cuda.measure(optimizations=("fp32", "model_offload"), references=references)
+    _, reference, compared = cuda.jobs  # what the first has kept has weights made on the GPU
+    assert (reference["reference"], reference["on_host"]) == (True, True)
+    assert compared["compare_output"] == reference["keep_output"] != cuda.jobs[0]["keep_output"]
+    assert "on_host" not in compared
+    assert record.exactness is not None
+
+
+def test_a_reference_that_fails_is_the_reason_and_is_not_tried_again(cuda: Stage, references: References) -> None:
+    text = f"OutOfMemoryError in {Path.home()}/a"
+    records = [cuda.measure(case=TILED, references=references, no_reference=text) for _ in range(2)]
+    for record in records:
+        assert (record.status, record.exactness, record.exact) == ("ok", None, None)
+        assert record.unavailable["exactness"].endswith("gave no output to compare with: OutOfMemoryError in ~/a")
+        assert case_of("fp32").id in record.unavailable["exactness"]
+    assert ["reference" in job for job in cuda.jobs] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("compared", "reason"),
+    [
+        ({"difference_error": "the outputs have different shapes"}, "^the outputs have different shapes$"),
+        ({"difference_error": f"{Path.home()}/a is gone"}, "^~/a is gone$"),
+        ({}, "not reported"),
+        ({"difference": {**DIFFERENCE, "max_abs_difference": 1.5}}, "impossible figures"),
+        ({"difference": {**DIFFERENCE, "mean_abs_difference": math.nan}}, "impossible figures"),
+        ({"difference": {"max_abs_difference": 0.5}}, "impossible figures"),
+    ],
+)
+def test_an_output_that_could_not_be_compared(
+    cuda: Stage, references: References, compared: dict[str, Any], reason: str
+) -> None:
+    record = cuda.measure(case=TILED, references=references, compared=compared)
+    assert (record.status, record.exactness) == ("ok", None)
+    assert re.search(reason, record.unavailable["exactness"])
+
+
+def test_a_case_that_failed_is_not_compared(cuda: Stage, references: References) -> None:
+    failed = {"status": "oom", "phase": "decode", "message": "x", "difference": DIFFERENCE}
+    record = cuda.measure(case=TILED, references=references, failed=failed)
+    assert (record.status, record.exactness) == ("oom", None)
+
+
+def test_ctrl_c_while_a_reference_is_made(cuda: Stage, references: References) -> None:
+    cuda.starter.interrupted = 1
+    with pytest.raises(CaseInterrupted) as caught:
+        cuda.measure(case=TILED, references=references)
+    record = caught.value.record
+    assert (record.id, record.status, failure_of(record).message) == (TILED.id, "error", "interrupted")
+    assert cuda.leftovers == []
+
+
+def test_the_comparison_outlives_the_search(cuda: Stage, references: References) -> None:
+    record = cuda.search(case=TILED, references=references)
+    assert record.exactness == Exactness(against=case_of("fp32").id, **DIFFERENCE)
+    assert record.memory.need_bytes is not None
 
 
 # A case that does not
