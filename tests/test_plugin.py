@@ -28,6 +28,7 @@ PATIENCE_S = 60.0
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with the tiny model, its matrix, and one test."""
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent / "plugin"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other work, threads that wait for each other take minutes
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     (pytester.path / "models").mkdir()
     (pytester.path / "models" / "tiny-sd.toml").write_text((HERE / "models" / "tiny-sd.toml").read_text())
@@ -150,6 +151,52 @@ def test_estimates_and_a_limit_that_is_too_low(project: pytest.Pytester) -> None
     assert fits.context_bytes is None
     assert records[1].failure is not None
     assert records[1].failure.limit_bytes == 900 << 20
+
+
+MARKED = """
+import pytest
+
+@pytest.mark.vram(max_required="8GiB")
+def test_fits(vram_case):
+    assert vram_case.run().memory.required_bytes <= 8 << 30
+
+@pytest.mark.vram(max_required="769MiB")
+def test_above(vram_case):
+    vram_case.run()
+
+@pytest.mark.vram
+def test_bare(vram_case):
+    vram_case.run()
+
+@pytest.mark.vram("8GiB")
+def test_without_the_name(vram_case):
+    vram_case.run()
+
+@pytest.mark.vram(max_required="8GiB", min_required="1GiB")
+def test_one_too_many(vram_case):
+    vram_case.run()
+
+@pytest.mark.vram(max_required=8)
+def test_no_size(vram_case):
+    vram_case.run()
+"""
+
+
+def test_the_marker_judges_what_a_case_requires(project: pytest.Pytester) -> None:
+    project.makepyfile(test_it=MARKED)
+    result = run(project, "--vram-batch-sizes=1", "--vram-optimizations=fp32", "--strict-markers")
+    result.assert_outcomes(passed=1, failed=5)
+    (record,) = run_of(project, "estimated").records
+    memory = record.memory
+    assert record.status == "ok", "a record is kept whatever the test says of it"
+    need = f"{(memory.need_bytes or 0) / 2**30:.2f}"
+    required = f"{(memory.required_bytes or 0) / 2**30:.2f}"
+    id = "tiny-sd/fp32/32x32/b1"
+    argument = 'takes one argument, such as max_required="8GiB"'
+    text = str(result.stdout)
+    assert f"{id}: required {required} GiB (need {need} + context 0.75); max_required is 0.75 GiB; " in text
+    assert text.count(f"@pytest.mark.vram: {argument}") == 3
+    assert "@pytest.mark.vram: max_required: '8' is not a size; write it like 8GiB or 500MiB" in text
 
 
 def test_estimates_under_xdist_make_one_run_file(project: pytest.Pytester) -> None:

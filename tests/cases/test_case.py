@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pytest_vram.cases.case import Case, parse_bytes, parse_resolution
+from pytest_vram.cases.case import Case, OwnCase, parse_bytes, parse_resolution
 from pytest_vram.errors import UsageError
 
 
@@ -37,6 +37,20 @@ def test_id(changes: dict[str, Any], expected: str) -> None:
     assert case(**changes).id == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "tests/test_app.py::TestApp::test_painter[a/b]"),
+        ({"limit_bytes": 8 << 30}, "tests/test_app.py::TestApp::test_painter[a/b]/8GiB"),
+    ],
+)
+def test_id_of_a_case_of_ones_own(changes: dict[str, Any], expected: str) -> None:
+    facts = {"model": "tests/test_app.py", "test": "TestApp::test_painter[a/b]", "build": "a.py:b", "call": "a.py:c"}
+    own = OwnCase(**{**facts, **changes})
+    assert own.id == expected
+    assert own.optimizations == ()
+
+
 def test_cases_with_the_same_facts_are_one() -> None:
     assert {case(), case()} == {case()}
     assert len({case(), case(steps=9), case(limit_bytes=1 << 33), case(weights="pretrained")}) == 4
@@ -58,7 +72,9 @@ def test_parse_bytes(text: str, expected: int) -> None:
     assert parse_bytes(text, "--vram-limit") == expected
 
 
-@pytest.mark.parametrize("text", ["", "8", "8.5", " 8 ", "0GiB", "-8GiB", "lots", "8 cards", "9" * 400 + "GiB"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "8.5", " 8 ", "0GiB", "-8GiB", "lots", "8 cards", "8 Gibit", "9" * 400 + "GiB"]
+)
 def test_no_size(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_bytes(text, "--vram-limit")

@@ -91,9 +91,9 @@ def blow(job: Message, reporter: Reporter) -> None:
 def generate(job: Message, reporter: Reporter) -> None:
     """The messages of generation.py with no pipeline; the script says what differs.
 
-    `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap of
-    `need_mib`, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or the fields
-    of its failure. `no_reference` is why a reference fails. An output is the names of its optimizations.
+    `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap
+    from `need_mib` on, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or
+    the fields of its failure. `no_reference` is why a reference fails. An output is the names of the optimizations.
     """
     script = script_of(job)
     figures: dict[str, Any] = {

@@ -166,8 +166,44 @@ def test_a_used_part_of_a_segment_keeps_all_of_it_from_the_flush() -> None:
 
 @pytest.mark.parametrize(("cap", "allocated", "reserved"), [(42, 42, 42), (41, 12, 12)])
 def test_an_optional_workspace_is_done_without_under_the_cap(cap: int, allocated: int, reserved: int) -> None:
-    result = replay([(1, 12 * MIB), (0, 30 * MIB), (-1, 0)], cap * MIB)
+    result = replay([(1, 12 * MIB), (0, (30 * MIB,)), (-1, 0)], cap * MIB)
     assert (result.allocated_peak, result.reserved_peak) == (allocated * MIB, reserved * MIB)
+
+
+@pytest.mark.parametrize(
+    ("cap", "allocated", "reserved"),
+    [(42, 42, 42), (41, 28, 28), (28, 28, 28), (27, 12, 12)],
+    ids=["first", "second", "second just fits", "none"],
+)
+def test_of_two_workspaces_the_first_that_fits_is_taken(cap: int, allocated: int, reserved: int) -> None:
+    result = replay([(1, 12 * MIB), (0, (30 * MIB, 16 * MIB)), (-1, 0)], cap * MIB)
+    assert (result.allocated_peak, result.reserved_peak) == (allocated * MIB, reserved * MIB)
+
+
+def test_a_workspace_is_given_back_at_once_and_leaves_its_segment_in_the_cache() -> None:
+    allocator = Allocator()
+    allocator.try_workspace((16 * MIB, 30 * MIB))
+    assert held(allocator) == (0, 16)  # the larger one was not tried after it
+    allocator.malloc(16 * MIB)
+    assert held(allocator) == (16, 16)
+
+
+def test_the_cache_is_flushed_for_the_first_choice() -> None:
+    allocator = Allocator(cap=30 * MIB)
+    allocator.release(allocator.malloc(12 * MIB))
+    allocator.try_workspace((20 * MIB, 12 * MIB))  # the second would fit without a flush
+    assert held(allocator) == (0, 20)
+    assert allocator.allocated_peak == 20 * MIB
+
+
+@pytest.mark.parametrize(("sizes", "reserved"), [((40,), 10), ((40, 30), 10), ((40, 30, 16), 26)])
+def test_a_choice_that_is_refused_has_flushed_the_cache(sizes: tuple[int, ...], reserved: int) -> None:
+    allocator = Allocator(cap=30 * MIB)
+    _kept, freed = allocator.malloc(10 * MIB), allocator.malloc(18 * MIB)
+    allocator.release(freed)
+    assert held(allocator) == (10, 28)
+    allocator.try_workspace(size * MIB for size in sizes)
+    assert held(allocator) == (10, reserved)
 
 
 def test_each_phase_has_its_own_allocated_peak() -> None:
@@ -180,7 +216,7 @@ def test_each_phase_has_its_own_allocated_peak() -> None:
         (3, 2 * MIB),
         (-3, 0),
         (0, "enter:decode"),
-        (0, 6 * MIB),
+        (0, (6 * MIB,)),
         (0, "enter:encode"),  # the second call
         (-1, 0),
         (0, "enter:denoise"),
@@ -201,7 +237,7 @@ def test_empty_cache_in_a_trace() -> None:
 
 FLUSHED: list[Event] = [(1, 12 * MIB), (-1, 0), (2, 20 * MIB)]
 FRAGMENTED: list[Event] = [(1, 5 * MIB), (2, 5 * MIB), (3, 5 * MIB), (-2, 0), (4, 6 * MIB)]
-WORKSPACE: list[Event] = [(1, 12 * MIB), (0, 100 * MIB), (2, 10 * MIB)]
+WORKSPACE: list[Event] = [(1, 12 * MIB), (0, (100 * MIB, 50 * MIB)), (2, 10 * MIB)]
 
 
 @pytest.mark.parametrize("tolerance", [512, 64 * KIB, 4 * MIB])

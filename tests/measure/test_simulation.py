@@ -1,30 +1,54 @@
 """The estimate: a real pipeline on tensors without data."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model, read_models
+from pytest_vram.measure.allocator import Event, Replay, replay
 from pytest_vram.measure.simulation import Estimate, simulate
 from pytest_vram.measure.trace import META, OneDevice, Trace
+from pytest_vram.pipelines.build import build_component, modules_in_order
 from tests.pipelines.test_build import case_of
 
 MODELS = read_models()
 MIB = 1 << 20
+KNOWN: dict[Case, Estimate] = {}
 
 
 def estimate(model: Model, *optimizations: str, **changes: Any) -> Estimate:
-    return simulate(model, case_of(model, optimizations=optimizations, **changes))
+    """The estimate of a case, made once."""
+    case = case_of(model, optimizations=optimizations, **changes)
+    if case not in KNOWN:
+        KNOWN[case] = simulate(model, case)
+    return KNOWN[case]
 
 
-@pytest.mark.parametrize(("name", "dtype", "size"), [("stable-diffusion-v1-5", "fp16", 2), ("sdxl", "fp32", 4)])
-def test_weights_are_the_published_parameters_in_their_dtype(name: str, dtype: str, size: int) -> None:
+def simulated(model: Model, *optimizations: str) -> tuple[Estimate, list[Event]]:
+    """The estimate, and the trace that was replayed for it."""
+    kept: list[Event] = []
+
+    def keep(events: Sequence[Event], **options: Any) -> Replay:
+        kept.extend(events)
+        return replay(events, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytest_vram.measure.simulation.replay", keep)
+        return simulate(model, case_of(model, optimizations=optimizations)), kept
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "size", "side"), [("stable-diffusion-v1-5", "fp16", 2, 512), ("sdxl", "fp32", 4, 64)]
+)
+def test_weights_are_the_published_parameters_in_their_dtype(name: str, dtype: str, size: int, side: int) -> None:
     model = MODELS[name]
     parameters = sum(component.parameters or 0 for component in model.components.values())
     # the position ids of a CLIP text encoder are its only buffer: 77 numbers of 8 bytes
     buffers = 77 * 8 * sum("text_encoder" in part for part in model.components)
-    weights = estimate(model, dtype, height=64, width=64).weights
+    weights = estimate(model, dtype, height=side, width=side).weights
     assert weights == parameters * size + buffers
 
 
@@ -94,18 +118,131 @@ def test_small_values_stay_real_and_meet_meta_tensors() -> None:
         assert torch.nn.functional.embedding(ids, weight).is_meta
 
 
-def convolution_events(sample: torch.Tensor) -> list[int]:
-    """The optional workspaces of one convolution, in bytes."""
-    weight = torch.empty(8, 8, 3, 3, device=META)
+def workspaces(sample: torch.Tensor, kernel: tuple[int, ...] = (3, 3)) -> list[Any]:
+    """The optional workspaces of one convolution from 8 channels to 8: for each its choices, in bytes."""
+    weight = torch.empty(8, 8, *kernel, dtype=sample.dtype, device=META)
+    convolve = torch.nn.functional.conv2d if len(kernel) == 2 else torch.nn.functional.conv3d
     with OneDevice(), Trace() as trace:
-        torch.nn.functional.conv2d(sample, weight, padding=1)
-    return [value for number, value in trace.events if number == 0 and isinstance(value, int)]
+        convolve(sample, weight, padding="same")
+    return [value for number, value in trace.events if number == 0]
 
 
-def test_cudnn_wants_a_workspace_for_nchw_and_none_for_nhwc() -> None:
-    sample = torch.empty(2, 8, 16, 16, device=META)
-    assert convolution_events(sample) == [2 * sample.numel() * 4 + 8 * 8 * 9 * 4]
-    assert convolution_events(sample.to(memory_format=torch.channels_last)) == []
+@pytest.mark.parametrize(
+    ("dtype", "size", "choices"), [(torch.float32, 4, 2), (torch.float16, 2, 1), (torch.bfloat16, 2, 1)]
+)
+def test_cudnn_wants_a_workspace_for_nchw_with_a_smaller_choice_in_fp32(
+    dtype: torch.dtype, size: int, choices: int
+) -> None:
+    sample = torch.empty(2, 8, 16, 16, dtype=dtype, device=META)
+    image, weight = 2 * 8 * 16 * 16 * size, 8 * 8 * 9 * size
+    copies_of_three, copies_of_two = 2 * image + weight + 512, image + weight + 512
+    assert workspaces(sample) == [(copies_of_three, copies_of_two)[:choices]]
+
+
+def test_cudnn_wants_no_workspace_for_nhwc() -> None:
+    for dtype in (torch.float32, torch.float16):
+        sample = torch.empty(2, 8, 16, 16, dtype=dtype, device=META)
+        assert workspaces(sample.to(memory_format=torch.channels_last)) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wanted"), [((1, 1), 0), ((1, 3), 1), ((3, 1), 1), ((1, 1, 1), 0), ((3, 1, 1), 1)], ids=str
+)
+def test_a_convolution_with_a_1x1_kernel_takes_no_workspace(kernel: tuple[int, ...], wanted: int) -> None:
+    sample = torch.empty(2, 8, *[16] * len(kernel), device=META)
+    assert len(workspaces(sample, kernel)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("capability", "workspace"),
+    [(7.5, 8320 << 10), (8.0, 8320 << 10), (8.9, 8320 << 10), (9.0, 32 * MIB), (10.0, 32 * MIB), (12.0, 32 * MIB)],
+)
+def test_the_first_matrix_product_takes_the_gpus_cublas_workspace(capability: float, workspace: int) -> None:
+    with OneDevice(), Trace(capability) as trace:
+        matrix = torch.empty(64, 64, device=META)
+        kept = matrix @ matrix
+        again = matrix @ kept
+        del matrix, kept, again
+    assert recorded(trace) == [64 * 64 * 4, 64 * 64 * 4, workspace, 64 * 64 * 4]
+    assert trace.live == workspace, "it is never given back"
+
+
+def test_an_older_gpu_saves_the_difference_of_the_cublas_workspaces(tiny: Model) -> None:
+    ampere = simulate(tiny, case_of(tiny), 8.6)
+    assert estimate(tiny, "fp32").allocated_peak - ampere.allocated_peak == 32 * MIB - (8320 << 10)
+
+
+def test_a_storage_that_dies_gives_its_block_back_once() -> None:
+    with OneDevice(), Trace() as trace:
+        weight = torch.empty(1024, device=META)
+        trace.track(weight)
+        trace.arrive(weight)
+        del weight
+    assert trace.events == [(1, 4096), (-1, 0)]
+
+
+def test_a_storage_that_dies_on_the_host_gives_nothing_back() -> None:
+    never, away, back = (torch.empty(1024, device=META) for _ in range(3))
+    with OneDevice(), Trace() as trace:
+        for weight in (never, away, back):
+            trace.on_host(weight)
+        assert trace.events == []
+        trace.arrive(away)
+        trace.on_host(away)
+        trace.on_host(away)
+        trace.arrive(back)
+        assert trace.events == [(1, 4096), (-1, 0), (2, 4096)]
+        del never, away, weight
+        assert trace.events[3:] == []
+        del back
+    assert trace.events[3:] == [(-2, 0)]
+    assert trace.live == 0
+
+
+def test_what_is_made_where_a_storage_died_on_the_host_is_on_the_gpu() -> None:
+    def places(tensors: list[torch.Tensor]) -> set[int]:
+        return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    with OneDevice(), Trace() as trace:
+        tensors = [torch.empty(1024, device=META) for _ in range(100)]
+        for tensor in tensors:
+            trace.on_host(tensor)
+        before = places(tensors)
+        del tensor, tensors
+        assert trace.live == 0
+        made = [torch.empty(1024, device=META) for _ in range(100)]
+        assert before & places(made), "PyTorch puts a storage where another one was"
+        casts = [tensor.to(torch.float16) for tensor in made]
+        assert trace.live == 100 * (4096 + 2048)
+        del made, casts
+
+
+def test_a_cast_is_where_its_tensor_is() -> None:
+    weight = torch.empty(1024, device=META)
+    with OneDevice(), Trace() as trace:
+        trace.on_host(weight)
+        half = weight.to(torch.float16)
+        double = half.to(torch.float64)
+        assert recorded(trace) == []
+        trace.arrive(weight)
+        there = weight.to(torch.float16)
+        assert recorded(trace) == [4096, 2048]
+        trace.arrive(double)
+        assert recorded(trace) == [4096, 2048, 8192]
+        del half, double, there
+    assert trace.live == 4096
+
+
+def test_weights_are_loaded_in_the_order_of_a_move(tiny: Model) -> None:
+    components = {name: build_component(part, torch.float32) for name, part in tiny.components.items()}
+    sizes: dict[int, int] = {}
+    for module in modules_in_order(components):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                sizes.setdefault(id(tensor), tensor.numel() * tensor.element_size())
+    _, events = simulated(tiny, "fp32")
+    load = events[: events.index((0, "enter:encode"))]
+    assert [size for number, size in load if number > 0][-len(sizes) :] == list(sizes.values())
 
 
 def test_an_elementwise_operator_keeps_the_strides_of_a_batch_of_one() -> None:

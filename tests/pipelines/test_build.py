@@ -5,14 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pytest_vram.cases.case import Case
-from pytest_vram.cases.models import Model, model_from_folder, read_models
+from pytest_vram.cases.models import Component, Model, model_from_folder, read_models
 from pytest_vram.errors import UsageError
 from pytest_vram.pipelines.build import (
+    Components,
+    Noise,
     build_component,
     call_arguments,
     denoiser_calls,
+    fill,
+    modules_in_order,
     networks,
     pretrained_pipeline,
     random_pipeline,
@@ -20,7 +25,15 @@ from pytest_vram.pipelines.build import (
 )
 from pytest_vram.pipelines.optimizations import chosen
 
+torch.set_num_threads(1)  # what runs here is tiny, and idle threads of a pool would spin
 MODELS = read_models()
+T5 = Component.model_validate(
+    {
+        "library": "transformers",
+        "class": "T5EncoderModel",
+        "config": {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 32},
+    }
+)
 COMPONENTS = [(model.name, name) for model in MODELS.values() for name in model.components]
 
 
@@ -58,16 +71,11 @@ def test_the_vae_is_upcast_where_the_model_says_so() -> None:
 
 
 def test_what_loading_keeps_in_fp32_stays_in_fp32() -> None:
-    from pytest_vram.cases.models import Component
-
-    config = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
-    component = Component.model_validate({"library": "transformers", "class": "T5EncoderModel", "config": config})
     dtypes = {
-        "wo" in name: parameter.dtype
-        for name, parameter in build_component(component, torch.float16).named_parameters()
+        "wo" in name: parameter.dtype for name, parameter in build_component(T5, torch.float16).named_parameters()
     }
     assert dtypes == {True: torch.float32, False: torch.float16}
-    tied = {parameter.dtype for parameter in build_component(component, torch.bfloat16).parameters()}
+    tied = {parameter.dtype for parameter in build_component(T5, torch.bfloat16).parameters()}
     assert tied == {torch.bfloat16}
 
 
@@ -83,6 +91,111 @@ def test_random_weights_are_noise_and_generate(tiny: Model) -> None:
     assert 0.015 < weight.std() < 0.025
     images = pipe(**call_arguments(pipe, case_of(tiny, batch_size=2), torch.Generator().manual_seed(0))).images
     assert images.shape == (2, 3, 32, 32)
+    assert images.isfinite().all()
+
+
+def filled(components: Components, *, share: bool = False) -> Components:
+    """These networks with noise on the host."""
+    fill(components, Noise("cpu", components.values(), share=share), "cpu")
+    return components
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_norms_are_near_one_and_all_others_near_zero(tiny: Model, dtype: torch.dtype) -> None:
+    parts = {name: build_component(part, dtype) for name, part in {**tiny.components, "t5": T5}.items()}
+    torch.manual_seed(0)
+    norms = 0
+    for network in filled(parts).values():
+        for name, parameter in network.named_parameters():
+            is_norm = int(name.endswith("weight") and "norm" in name)  # by its path: the code asks for its class
+            norms += is_norm
+            assert (parameter.float() - is_norm).abs().max() < 0.15, name
+            assert parameter.numel() < 32 or parameter.float().std() > 0.01, name
+    assert norms > 20
+
+
+def test_the_same_seed_makes_the_same_weights(tiny: Model) -> None:
+    def weights(seed: int, *, share: bool) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        pipe = random_pipeline(tiny, torch.float32, "cpu", share=share)
+        return [weight for network in networks(pipe).values() for weight in network.parameters()]
+
+    for share in (False, True):
+        first = weights(7, share=share)
+        assert all(torch.equal(*pair) for pair in zip(first, weights(7, share=share), strict=True))
+        assert not any(torch.equal(*pair) for pair in zip(first, weights(8, share=share), strict=True))
+
+
+def test_modules_come_in_the_order_in_which_a_pipeline_moves_them(tiny: Model) -> None:
+    pipe = random_pipeline(tiny, torch.float32, "cpu")
+    moved: list[int] = []
+
+    class Moves(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.to:
+                moved.append(id(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Moves():
+        pipe.to("cpu")
+    ours = [
+        id(tensor)
+        for module in modules_in_order(networks(pipe))
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
+    assert len(ours) > 100
+    assert ours == moved
+
+
+def test_networks_come_by_name_and_children_before_parents() -> None:
+    leaf, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    first, second = torch.nn.Sequential(leaf), torch.nn.Sequential(other)
+    for components in ({"a": first, "b": second}, {"b": second, "a": first}):
+        assert list(modules_in_order(components)) == [leaf, first, other, second]
+
+
+def test_shared_weights_begin_apart_and_are_what_the_network_wants(tiny: Model) -> None:
+    wanted = {name: build_component(part, torch.float16) for name, part in tiny.components.items()}
+    made = networks(random_pipeline(tiny, torch.float16, "cpu", share=True))
+    parameters = [parameter for network in made.values() for parameter in network.parameters()]
+    assert len({parameter.data_ptr() for parameter in parameters}) == len(parameters)
+    assert len({parameter.untyped_storage().data_ptr() for parameter in parameters}) == 1
+    assert all(parameter.is_contiguous() for parameter in parameters)
+    for name, network in wanted.items():
+        shapes = {path: (parameter.shape, parameter.dtype) for path, parameter in network.named_parameters()}
+        found = {path: (parameter.shape, parameter.dtype) for path, parameter in made[name].named_parameters()}
+        assert found == shapes
+
+
+def test_weights_have_a_storage_each_unless_they_are_to_share(tiny: Model) -> None:
+    made = networks(random_pipeline(tiny, torch.float16, "cpu"))
+    parameters = [parameter for network in made.values() for parameter in network.parameters()]
+    assert len({parameter.untyped_storage().data_ptr() for parameter in parameters}) == len(parameters)
+
+
+def test_shared_weights_take_as_much_host_memory_as_the_largest() -> None:
+    with torch.device("meta"):
+        layers = [torch.nn.Linear(512, size) for size in (256, 512, 256, 128, 512)]
+    network = torch.nn.Sequential(*layers)
+    filled({"network": network}, share=True)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in network.parameters()}
+    largest = 512 * 512 * 4
+    assert largest <= sum(storages.values()) < 1.05 * largest
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_tied_weights_stay_tied(share: bool) -> None:
+    network: Any = filled({"text_encoder": build_component(T5, torch.float32)}, share=share)["text_encoder"]
+    assert network.encoder.embed_tokens.weight is network.shared.weight
+    assert network.shared.weight.shape == (32, 16)
+    assert network(torch.tensor([[1, 2, 3]])).last_hidden_state.isfinite().all()
+
+
+def test_a_pipeline_of_shared_weights_generates(tiny: Model) -> None:
+    pipe = random_pipeline(tiny, torch.float32, "cpu", share=True)
+    images = pipe(**call_arguments(pipe, case_of(tiny), torch.Generator().manual_seed(0))).images
+    assert images.shape == (1, 3, 32, 32)
     assert images.isfinite().all()
 
 

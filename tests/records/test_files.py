@@ -14,7 +14,7 @@ import pytest
 from pytest_vram.errors import RunFileError, UsageError
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished, write_run
 from pytest_vram.records.schema import Record, Run
-from tests.records.test_schema import MIB, facts, record
+from tests.records.test_schema import MIB, facts, own, record
 
 ENVIRONMENT = {"gpu": "NVIDIA H100", "gpu_memory_bytes": 81559 * MIB, "commit": "1a2b3c4", "host": "a1b2"}
 
@@ -50,6 +50,14 @@ def test_round_trip(tmp_path: Path) -> None:
     write_run(tmp_path / "run.json", run)
     assert read_run(tmp_path / "run.json") == run
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_pipeline_of_ones_own_comes_back_from_journal_and_run_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.json", a_run())
+    for found in (batch(1), own()):
+        journal.add(found)
+    assert read_journal(journal.path).records == [batch(1), own()]
+    assert read_run(journal.finish(complete=True)).records == [batch(1), own()]
 
 
 def test_the_key_vram_is_as_documented(tmp_path: Path) -> None:
@@ -105,6 +113,7 @@ HOSTILE: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "records are a table": (vram(records={}), "records: "),
     "a record is text": (vram(records=["ok"]), "records.0: "),
     "a record is null": (vram(records=[facts(), None]), "records.1: "),
+    "a case of one's own": (vram(records=[{**facts(), "case": {"build": 1}}]), "records.0.case.model: field required"),
     "a case is a list": (vram(records=[{**facts(), "case": []}]), "records.0.case: "),
     "memory is text": (vram(records=[{**facts(), "memory": "lots"}]), "records.0.memory: "),
     "a figure is a table": (vram(records=[facts(memory={"need_bytes": {}})]), "records.0.memory.need_bytes: "),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pytest_vram.cases.case import Case, OwnCase
 from pytest_vram.records.schema import Record, above_the_card
 
 MIB = 1 << 20
@@ -125,6 +126,10 @@ def test_what_can_be_true(changes: dict[str, Any]) -> None:
         ("id", ""),
         ("case.batch_size", 0),
         ("case.guidance_scale", float("nan")),
+        ("exactness", {"against": "a", "max_abs_difference": 1.1, "mean_abs_difference": 0}),
+        ("exactness", {"against": "a", "max_abs_difference": 1, "mean_abs_difference": float("nan")}),
+        ("exactness", {"against": "a", "max_abs_difference": 1, "mean_abs_difference": 0, "psnr_db": -1.0}),
+        ("exactness", {"against": "", "max_abs_difference": 1, "mean_abs_difference": 0}),
     ],
 )
 def test_a_figure_out_of_range_is_named(key: str, value: Any) -> None:
@@ -133,7 +138,8 @@ def test_a_figure_out_of_range_is_named(key: str, value: Any) -> None:
     document[table] = {**document.get(table, {}), name: value} if name else value
     with pytest.raises(ValidationError) as caught:
         Record.model_validate(document)
-    assert ".".join(map(str, caught.value.errors()[0]["loc"])).startswith(key)
+    named = [str(part) for part in caught.value.errors()[0]["loc"] if not str(part).startswith("kind:")]
+    assert ".".join(named).startswith(key)
 
 
 @pytest.mark.parametrize("key", ["id", "case", "status", "method"])
@@ -158,6 +164,63 @@ def test_a_record_is_the_same_after_json() -> None:
         wall={"total_s": 20.0, "load_s": 2.0},
     )
     assert Record.model_validate_json(full.model_dump_json()) == full
+
+
+OWN = {"model": "tests/test_app.py", "test": "test_painter", "build": "app.py:build", "call": "app.py:paint"}
+
+
+def own(**changes: Any) -> Record:
+    """The record of somebody's own pipeline."""
+    return Record.model_validate({**facts(id="tests/test_app.py::test_painter", **changes), "case": OWN})
+
+
+def test_a_case_is_of_a_sweep_or_of_ones_own() -> None:
+    assert isinstance(record().case, Case)
+    assert own().case == OwnCase(**OWN)
+    assert own().case.id == own().id
+    for found in (own(), record()):
+        assert Record.model_validate_json(found.model_dump_json()) == found
+        assert Record.model_validate(found.model_dump()) == found
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_a_case_of_ones_own_needs(key: str) -> None:
+    case = {name: value for name, value in OWN.items() if name != key}
+    with pytest.raises(ValidationError) as caught:
+        Record.model_validate({**facts(), "case": case})
+    missing = {error["loc"][-1] for error in caught.value.errors()}
+    assert missing == {key} if key != "build" else missing, "with no `build` it is one of a sweep"
+
+
+@pytest.mark.xfail(strict=True, raises=ValidationError, reason="its weights are thought to be on the GPU")
+def test_a_pipeline_of_ones_own_may_offload_its_weights() -> None:
+    assert own(memory={"weights_bytes": 11801 * MIB}).status == "ok"
+
+
+# 4 roundings, each of half the distance from 1 to the next number of the dtype; for fp32 to that of TF32
+@pytest.mark.parametrize(
+    ("optimizations", "mean", "exact"),
+    [
+        (["fp16", "vae_tiling"], 2**-9, True),
+        (["fp16", "vae_tiling"], 2**-9 + 1e-6, False),
+        (["fp32", "vae_slicing"], 2**-9, True),
+        (["fp32", "vae_slicing"], 2**-9 + 1e-6, False),
+        (["bf16", "channels_last"], 2**-6, True),
+        (["bf16", "channels_last"], 2**-6 + 1e-6, False),
+    ],
+)
+def test_exact_is_what_rounding_in_the_dtype_explains(optimizations: list[str], mean: float, exact: bool) -> None:
+    exactness = {"against": "x", "max_abs_difference": 1.0, "mean_abs_difference": mean, "psnr_db": 30.0}
+    found = record(exactness=exactness, case={"optimizations": optimizations})
+    assert found.exact is exact
+    document = found.model_dump(mode="json")
+    assert document["exact"] is exact
+    assert Record.model_validate({**document, "exact": not exact}).exact is exact, "judged where it is read"
+
+
+def test_what_was_not_compared_is_neither_exact_nor_not() -> None:
+    assert record().exact is None
+    assert record().model_dump(mode="json")["exact"] is None
 
 
 def test_above_the_card() -> None:

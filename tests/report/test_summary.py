@@ -5,8 +5,17 @@ from typing import Any
 import pytest
 
 from pytest_vram.records.schema import Record
-from pytest_vram.report.summary import duration, gib, line, seconds, summary, where_time_went
-from tests.records.test_schema import FAILURE, MIB, facts, record
+from pytest_vram.report.summary import (
+    above_limit,
+    deciding_phase,
+    duration,
+    gib,
+    line,
+    seconds,
+    summary,
+    where_time_went,
+)
+from tests.records.test_schema import FAILURE, MIB, facts, own, record
 
 CONTEXT = 768 * MIB
 NOTHING = dict.fromkeys(facts()["memory"])
@@ -34,7 +43,7 @@ def first_column(found: Record) -> list[str]:
 
 
 def test_a_measured_row() -> None:
-    times = {**facts()["time"], "step_s": 0.25, "images_per_s": 0.5, "full_length_s": 12.5}
+    times = {**facts()["time"], "at_need_s": 3.25, "images_per_s": 0.5, "full_length_s": 12.5}
     cells = row(record(time=times)).split()
     assert cells == [
         "fp16",
@@ -46,8 +55,8 @@ def test_a_measured_row() -> None:
         "15.43",
         "16.11",
         "2.000",
+        "3.250",
         "12.5",
-        "0.2500",
         "0.50",
     ]
 
@@ -84,7 +93,7 @@ def test_an_error_shows_no_figure_that_it_has_not() -> None:
         {"id": "x" * 500},
         {"effects": dict.fromkeys(("vae_tiling", "vae_slicing", "attention_slicing", "channels_last"), "no_effect")},
         {"status": "timeout", "failure": FAILURE, "memory": {"required_bytes": 999 << 30}},
-        {"time": {**facts()["time"], "median_s": 123456.7, "step_s": 12345.6, "images_per_s": 12345.67}},
+        {"time": {**facts()["time"], "median_s": 123456.7, "at_need_s": 123456.7, "images_per_s": 12345.67}},
         {"case": {"model": "m" * 200}},
     ],
 )
@@ -102,6 +111,82 @@ def test_a_long_id_is_folded_not_cut() -> None:
 def test_no_effect_is_said() -> None:
     found = record(effects={"vae_tiling": "no_effect", "vae_slicing": "applied", "channels_last": "no_effect"})
     assert " ".join(first_column(found)) == "sdxl fp16 1024x1024 b1 vae_tiling, channels_last: no effect"
+
+
+@pytest.mark.parametrize(
+    ("mean", "psnr", "lines"),
+    [
+        (0.0, None, ["sdxl", "fp16 1024x1024 b1"]),
+        (2**-9, 50.0, ["sdxl", "fp16 1024x1024 b1"]),
+        (0.0312, 20.0, ["sdxl", "fp16 1024x1024 b1", "not exact: differs by 0.031"]),
+    ],
+)
+def test_what_is_not_exact_is_marked(mean: float, psnr: float | None, lines: list[str]) -> None:
+    exactness = {"against": "x", "max_abs_difference": 0.9, "mean_abs_difference": mean, "psnr_db": psnr}
+    assert first_column(record(exactness=exactness)) == lines
+
+
+def test_a_pipeline_of_ones_own_stands_under_its_file() -> None:
+    assert first_column(own()) == ["tests/test_app.py", "test_painter"]
+    assert line(own(), CONTEXT).startswith("tests/test_app.py::test_painter: ok, 12.49 GiB required")
+
+
+PEAKS = {"encode": 900 * MIB, "denoise": 11000 * MIB, "decode": 11800 * MIB}
+PHASES = {name: {"time_s": 1.0, "allocated_peak_bytes": peak} for name, peak in PEAKS.items()}
+ID = "sdxl/fp16/1024x1024/b1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "said"),
+    [
+        ({}, 12786 * MIB, None),
+        ({}, 1 << 40, None),
+        (
+            {"need_phase": "denoise", "phases": PHASES},
+            12786 * MIB - 1,
+            f"{ID}: required 12.49 GiB (need 11.82 + context 0.67); max_required is 12.49 GiB; denoise decides",
+        ),
+        (
+            {"phases": PHASES},
+            8 << 30,
+            f"{ID}: required 12.49 GiB (need 11.82 + context 0.67); max_required is 8.00 GiB; decode decides",
+        ),
+        ({}, 8 << 30, f"{ID}: required 12.49 GiB (need 11.82 + context 0.67); max_required is 8.00 GiB"),
+        (
+            {"status": "oom", "failure": FAILURE, "time": {}, "memory": NOTHING},
+            8 << 30,
+            f"{ID}: out of memory in denoise; max_required is 8.00 GiB",
+        ),
+        (
+            {"status": "oom", "failure": {"message": "no room"}, "time": {}},
+            1 << 40,
+            f"{ID}: out of memory; max_required is 1024.00 GiB",
+        ),
+        (
+            {"memory": {"required_bytes": None}, "unavailable": {"memory.required_bytes": "not searched"}},
+            1 << 40,
+            f"{ID}: the required memory is not known (not searched); max_required is 1024.00 GiB",
+        ),
+        (
+            {"memory": NOTHING},
+            8 << 30,
+            f"{ID}: the required memory is not known (it was not measured); max_required is 8.00 GiB",
+        ),
+        (
+            {"method": "estimated", "time": {}, "memory": ESTIMATE},
+            12 << 30,
+            f"{ID}: required 12.47 GiB (need 11.72 + context 0.75); max_required is 12.00 GiB",
+        ),
+    ],
+)
+def test_above_limit(changes: dict[str, Any], limit: int, said: str | None) -> None:
+    assert above_limit(record(**changes), limit) == said
+
+
+def test_the_phase_that_ran_out_of_memory_decides_and_else_the_highest_peak() -> None:
+    assert deciding_phase(record(phases=PHASES)) == "decode"
+    assert deciding_phase(record(phases=PHASES, need_phase="denoise")) == "denoise"
+    assert deciding_phase(record(phases={"denoise": {"time_s": 1.0}})) is None
 
 
 def test_models_are_headings_with_their_aliases() -> None:
