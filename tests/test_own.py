@@ -285,7 +285,6 @@ def test_no_path_of_this_machine_is_in_what_was_measured(measured: Session) -> N
             assert sys.prefix not in record.model_dump_json()
 
 
-@pytest.mark.xfail(strict=True, reason="the tail of a traceback names the project's folder and the plugin's")
 def test_no_path_of_this_machine_is_in_the_file(measured: Session) -> None:
     assert str(measured.folder) not in measured.text
     assert str(PLUGIN) not in measured.text
@@ -302,7 +301,6 @@ def test_the_summary_and_the_progress_name_every_measurement(measured: Session) 
     assert "\n test_bad_build" in measured.output
 
 
-@pytest.mark.xfail(strict=True, reason="said twice: pytest.fail is called where the UsageError is handled")
 def test_a_refusal_is_said_once(measured: Session) -> None:
     _, text = measured.reports["test_refused"]
     assert "During handling of the above exception" not in text
@@ -349,18 +347,10 @@ def test_import_mode_importlib(by_importlib: dict[str, Record]) -> None:
     assert (record.status, record.case.build) == ("ok", "alone/test_flat.py:build")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a worker does not find the package of a module that pytest imported by file",
-)
 def test_relative_imports_with_import_mode_importlib(by_importlib: dict[str, Record]) -> None:
     assert by_importlib["test_relative"].status == "ok"
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a worker loads the module by its file, without the package around it"
-)
 def test_a_package_is_set_up_before_its_module(by_importlib: dict[str, Record]) -> None:
     assert by_importlib["test_kit"].status == "ok"
 
@@ -458,6 +448,5 @@ def with_a_decorator() -> None:
     pass
 
 
-@pytest.mark.xfail(strict=True, reason="taken for a closure, though its module has it under its name")
 def test_a_decorated_function_travels() -> None:
     assert described(with_a_decorator, "call")["name"] == "with_a_decorator"

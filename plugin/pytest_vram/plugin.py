@@ -135,7 +135,7 @@ class VramCase:
         session = self._manager.session
         assert session is not None
         record = session.run(self._plan)
-        self._request.node.stash[RECORDS] = [record]
+        self._request.node.stash.setdefault(RECORDS, []).append(record)
         _judge(record, self._request.node)
         replay_rounds(record, self._request)
         return record
@@ -146,6 +146,7 @@ class Vram:
 
     def __init__(self, manager: Manager, request: pytest.FixtureRequest) -> None:
         self._manager, self._request, self._node = manager, request, request.node
+        self._measured = 0
 
     def measure(self, build: Callable[[], Any], call: Callable[[Any], Any]) -> Record:
         """Measure a pipeline of your own in fresh processes: `pipe = build()`, then `call(pipe)` again and again.
@@ -154,17 +155,21 @@ class Vram:
         under the test's id. An out-of-memory is a result; an error or a timeout fails the test, as does a required
         memory above that of `@pytest.mark.vram(max_required="8GiB")`.
         """
-        from pytest_vram.errors import UsageError
+        from pytest_vram.errors import VramError
 
-        session = self._manager.own_session()
-        records = self._node.stash.setdefault(RECORDS, [])
+        session = self._manager.own_session(self._node)
+        self._measured += 1
+        refused = None
         try:
-            record = session.run_own(self._node.nodeid, len(records) + 1, build, call)
-        except UsageError as error:
-            pytest.fail(str(error), pytrace=False)
-        records.append(record)
+            record = session.run_own(self._node.nodeid, self._measured, build, call)
+        except VramError as error:
+            refused = str(error)
+        if refused is not None:
+            pytest.fail(refused, pytrace=False)
+        self._node.stash.setdefault(RECORDS, []).append(record)
+        session.keep(record)  # on the disk before the test goes on
         _judge(record, self._node)
-        if len(records) == 1:  # pytest-benchmark has room for one a test
+        if self._measured == 1:  # pytest-benchmark has room for one a test
             replay_rounds(record, self._request)
         return record
 
@@ -185,12 +190,14 @@ def _judge(record: Record, node: pytest.Item) -> None:
     mark = node.get_closest_marker("vram")
     if mark is None:
         return
+    wrong = None if not mark.args and mark.kwargs.keys() == {"max_required"} else 'takes max_required="8GiB" alone'
+    limit = 0
     try:
-        if mark.args or mark.kwargs.keys() != {"max_required"}:
-            raise UsageError('takes one argument, such as max_required="8GiB"')
-        limit = parse_bytes(str(mark.kwargs["max_required"]), "max_required")
+        limit = limit if wrong else parse_bytes(str(mark.kwargs["max_required"]), "max_required")
     except UsageError as error:
-        pytest.fail(f"@pytest.mark.vram: {error}", pytrace=False)
+        wrong = str(error)
+    if wrong:
+        pytest.fail(f"@pytest.mark.vram: {wrong}", pytrace=False)
     if node.config.getoption("--vram-device") == "cpu":
         pytest.skip("max_required is about the memory of a GPU: give --vram-device cuda")
     if problem := above_limit(record, limit):
@@ -211,7 +218,8 @@ def device_time() -> float:
 def replay_rounds(record: Record, request: pytest.FixtureRequest) -> None:
     """Give pytest-benchmark the rounds that the worker timed, for its table and histogram."""
     global _replayed
-    if not record.time.workers or not request.config.pluginmanager.hasplugin("benchmark"):
+    mark = request.node.get_closest_marker("benchmark")
+    if not record.time.workers or mark is None or mark.kwargs.get("timer") is not device_time:
         return
     rounds = [seconds for worker in record.time.workers for seconds in worker.rounds_s]
     benchmark = request.getfixturevalue("benchmark")
@@ -252,6 +260,7 @@ class Manager:
         self.usage_error: str | None = None
         self.under_xdist = hasattr(config, "workerinput")
         self.interrupted = False
+        self.shown = 0
 
     @property
     def terminal(self) -> Any:
@@ -277,14 +286,16 @@ class Manager:
             self.session = SweepSession(_options(self.config), self.config.rootpath, self.say)
         return self.session
 
-    def own_session(self) -> SweepSession:
+    def own_session(self, node: pytest.Item) -> SweepSession:
         """The session for a pipeline that cannot be estimated: it runs, or the test is skipped or failed."""
         if self.config.getoption("--vram-device") == "meta":
             pytest.skip("a pipeline of your own is measured, not estimated: give --vram-device cuda")
         if self.under_xdist:
             pytest.fail("-n: pipelines are measured one at a time; leave -n out", pytrace=False)
-        assert self.session is not None
-        return self.session
+        session = self.sweep()
+        if session.machine is None:  # no test was seen to ask for the fixture; this one asked at run time
+            session.start([], [node.nodeid], keep_journal=True)
+        return session
 
     # Collection
 
@@ -303,13 +314,10 @@ class Manager:
             if self.under_xdist:  # xdist has no way to end with a usage error: one test fails with the line
                 metafunc.parametrize("vram_case", [pytest.param(str(error), id="usage-error")], indirect=True)
                 return
-        mark = pytest.mark.benchmark(timer=device_time)
         benchmarked = self.config.pluginmanager.hasplugin("benchmark")
-        metafunc.parametrize(
-            "vram_case",
-            [pytest.param(plan, id=plan.case.id, marks=[mark] if benchmarked else []) for plan in plans],
-            indirect=True,
-        )
+        marks = [pytest.mark.benchmark(timer=device_time)] if benchmarked else []
+        cases = [pytest.param(plan, id=plan.case.id, marks=marks) for plan in plans]
+        metafunc.parametrize("vram_case", cases, indirect=True)
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         if plan := _plan(item):
@@ -353,8 +361,9 @@ class Manager:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if report.when == "call" and (records := item.stash.get(RECORDS, None)):
+        if records := item.stash.get(RECORDS, None):  # also of a fixture that measures, and fails
             report.vram = [record.model_dump(mode="json") for record in records]  # type: ignore[attr-defined]
+            records.clear()
         return report
 
     @pytest.hookimpl(tryfirst=True)
@@ -383,8 +392,9 @@ class Manager:
         session, reporter = self.session, self.terminal
         if session is None or not session.finished or reporter is None or self.under_xdist:
             return
-        if self.config.get_verbosity() < 0 or not session.expected:
+        if self.config.get_verbosity() < 0 or len(session.finished) == self.shown:
             return
+        self.shown = len(session.finished)
         from time import monotonic
 
         from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES

@@ -18,12 +18,11 @@ def test_generation(vram_case):
 PIPELINE = '''\
 """What our own pipeline costs; @pytest.mark.vram(max_required="8GiB") above a test makes it fail above that."""
 
-from {build_module} import {build_name}
-from {call_module} import {call_name}
+{imports}
 
 
 def test_pipeline(vram):
-    vram.measure({build_name}, {call_name})
+    vram.measure(build, call)
 '''
 CONFTEST = """\
 def pytest_addoption(parser):
@@ -54,10 +53,8 @@ def initialize(root: Path, build: str | None, call: str | None) -> Iterator[Writ
         "bench/matrix.toml": (files("pytest_vram") / "cases" / "matrix.toml").read_text(encoding="utf-8"),
     }
     if build and call:
-        (build_module, build_name), (call_module, call_name) = _split(build, "--build"), _split(call, "--call")
-        contents["bench/test_pipeline.py"] = PIPELINE.format(
-            build_module=build_module, build_name=build_name, call_module=call_module, call_name=call_name
-        )
+        imports = [_import(build, "--build", "build"), _import(call, "--call", "call")]
+        contents["bench/test_pipeline.py"] = PIPELINE.format(imports="\n".join(imports))
     try:
         (root / "bench").mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
@@ -67,30 +64,34 @@ def initialize(root: Path, build: str | None, call: str | None) -> Iterator[Writ
         raise UsageError(f"init: {error.filename} cannot be written: {error.strerror}") from error
 
 
-def _split(reference: str, option: str) -> tuple[str, str]:
+def _import(reference: str, option: str, name: str) -> str:
+    """The line that imports `module:function` under this name."""
     match = REFERENCE.fullmatch(reference)
     if match is None:
         raise UsageError(f"{option}: {reference!r} is not module:function, such as app.pipelines:build")
-    return match[1], match[2]
+    return f"from {match[1]} import {match[2]}" + (f" as {name}" if match[2] != name else "")
 
 
 def _write(root: Path, name: str, text: str) -> Written:
     path = root / name
     if path.exists():
-        return Written(name, "is there", "" if path.read_text(encoding="utf-8") == text else "left as it is")
+        return Written(name, "is there, left as it is")
     path.write_text(text, encoding="utf-8")
     return Written(name, "written")
 
 
 def _conftest(root: Path) -> Written:
-    """The root's conftest.py gets --gpu, unless it has options of its own: then the lines are for a person to add."""
+    """The root's conftest.py gets --gpu, unless it has options of its own: then the line is for a person to add."""
     path = root / "conftest.py"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if "--gpu" in old:
+    line = CONFTEST.splitlines()[1].strip()
+    if not path.exists():
+        path.write_text(CONFTEST, encoding="utf-8")
+        return Written("conftest.py", "written")
+    old = path.read_bytes()
+    if b"--gpu" in old:
         return Written("conftest.py", "has --gpu")
-    if "pytest_addoption" in old:
-        return Written(
-            "conftest.py", "left as it is", f"add to its pytest_addoption: {CONFTEST.splitlines()[1].strip()}"
-        )
-    path.write_text(f"{old.rstrip()}\n\n\n{CONFTEST}" if old.strip() else CONFTEST, encoding="utf-8")
-    return Written("conftest.py", "--gpu added" if old else "written")
+    if b"pytest_addoption" in old:
+        return Written("conftest.py", "left as it is", f"add to its pytest_addoption: {line}")
+    with path.open("a", encoding="ascii", newline="\r\n" if b"\r\n" in old else "\n") as file:
+        file.write(("" if old.endswith(b"\n") or not old else "\n") + "\n\n" + CONFTEST)
+    return Written("conftest.py", "--gpu added")

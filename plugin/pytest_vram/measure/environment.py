@@ -87,8 +87,15 @@ def cpu_name() -> str:
 
 
 def without_paths(text: str) -> str:
-    """`text` with the home, temporary and installation folders cut from it."""
-    homes = {str(Path.home()): "~", tempfile.gettempdir(): "<tmp>", sys.prefix: "<python>", sys.base_prefix: "<python>"}
+    """`text` with the home, temporary, installation and working folders cut from it."""
+    homes = {
+        str(Path.home()): "~",
+        tempfile.gettempdir(): "<tmp>",
+        sys.prefix: "<python>",
+        sys.base_prefix: "<python>",
+        str(Path(__file__).parents[2]): "<pytest-vram>",
+        str(Path.cwd()): ".",
+    }
     for folder in sorted(homes, key=len, reverse=True):
         if len(folder) > 1:
             text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w-])", homes[folder].replace("\\", "/"), text)

@@ -95,8 +95,12 @@ def difference(output: Any, path: Path) -> dict[str, float | None]:
     """
     import numpy
 
-    ours, theirs = pixels(output), numpy.load(path, allow_pickle=False)
-    if ours is None or ours.shape != theirs.shape:
+    ours = pixels(output)
+    try:
+        theirs = numpy.load(path, allow_pickle=False)
+    except EOFError as error:
+        raise ValueError("the output to compare with is empty") from error
+    if ours is None or not isinstance(theirs, numpy.ndarray) or ours.shape != theirs.shape:
         raise ValueError("the outputs have different shapes")
     if not (numpy.isfinite(ours).all() and numpy.isfinite(theirs).all()):
         raise ValueError("an output holds values that are not finite")

@@ -117,8 +117,8 @@ class _Generation:
         if self.job["save_images"]:
             try:
                 save_images(self.output, Path(self.job["save_images"]), self.job["id"])
-            except OSError as error:  # the measurement is not lost for it
-                self.found["images_error"] = str(error)
+            except Exception as error:  # the measurement is not lost for it
+                self.found["images_error"] = f"{type(error).__name__}: {error}"
 
     def hand_on(self) -> None:
         """Keep the output for others, or compare it with what another has kept."""
@@ -214,6 +214,10 @@ def save_images(output: Any, folder: Path, case_id: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^A-Za-z0-9+_-]+", "_", case_id).strip("_")
     images = output.images if hasattr(output, "images") else output.frames[0]
+    if isinstance(images, list):  # of PIL's: what a pipeline gives that is not asked for tensors
+        for number, image in enumerate(images):
+            image.save(folder / f"{stem}_{number}.png")
+        return
     pixels = torch.nan_to_num(images.cpu().float()).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
     for number, image in enumerate(numpy.asarray(pixels)):
         Image.fromarray(image).save(folder / f"{stem}_{number}.png")

@@ -37,7 +37,13 @@ from pytest_vram.records.schema import (
 )
 
 GENERATION = "pytest_vram.measure.generation:run"
-NEED_FIELDS = ("memory.need_bytes", "memory.need_tolerance_bytes", "memory.required_bytes", "time.at_need_s")
+NEED_FIELDS = (
+    "memory.need_bytes",
+    "memory.need_tolerance_bytes",
+    "memory.required_bytes",
+    "memory.at_need_alloc_retries",
+    "time.at_need_s",
+)
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
 
@@ -124,13 +130,22 @@ def measure(
         raise CaseInterrupted(record) from None
     record = _record(case, machine, runs, time.monotonic() - began, common)
     record = _with_exactness(record, runs[-1].outcome, against, no_reference)
+    searched = time.monotonic()
+
+    def after_search() -> Record:
+        """The record with the wall time of the search, whatever came of it."""
+        assert record.wall
+        need_s = time.monotonic() - searched
+        wall = {"total_s": record.wall.total_s + need_s, "need_s": need_s, "probes": measurer.probes}
+        return record.model_copy(update={"wall": record.wall.model_copy(update=wall)})
+
     try:
         need = measurer.need(record, estimated)
     except KeyboardInterrupt:
-        raise CaseInterrupted(_without_need(record, SEARCH_INTERRUPTED)) from None
+        raise CaseInterrupted(_without_need(after_search(), SEARCH_INTERRUPTED)) from None
     except NoNeed as error:
-        return _without_need(record, without_paths(str(error)))
-    return _with_need(record, need, time.monotonic() - began)
+        return _without_need(after_search(), without_paths(str(error)))
+    return _with_need(after_search(), need, machine)
 
 
 class CaseWorkers:
@@ -138,6 +153,7 @@ class CaseWorkers:
 
     def __init__(self, case: AnyCase, job: Message, machine: Machine, settings: Settings, say: Say) -> None:
         self.case, self.machine, self.settings, self.say = case, machine, settings, say
+        self.probes = 0
         self._room = 0
         self._swallows: bool | None = None  # whether the pipeline is known to turn an out-of-memory into another error
         self.job = {
@@ -220,6 +236,7 @@ class CaseWorkers:
         """
         room = "what is free" if cap is None else f"{cap >> 20} MiB"
         self.say(f"need: does it fit into {room}?")
+        self.probes += 1
         outcome = self._worker(cap, probe=True).outcome
         if outcome["event"] == "done":
             return Probe(
@@ -235,6 +252,8 @@ class CaseWorkers:
             outcome.get("swallowed") and cap is not None and cap < self._room
         ):  # memory ran out, and another error ended it: see whether
             if self._swallows is None:  # that one comes with room too
+                self.say(f"need: does it fail within {self._room >> 20} MiB too?")
+                self.probes += 1
                 self._swallows = self._worker(self._room, probe=True).done
             memory_is_why = self._swallows
         if not memory_is_why:
@@ -387,8 +406,11 @@ def _found(case: AnyCase, machine: Machine, runs: list[_Run], seconds: float, co
         if any(run.telemetry and all(nvml.ABNORMAL & set(s.throttle) for s in run.telemetry) for run in runs):
             throttled = "every round of a worker ran on a throttled GPU"
             fields["disturbed"] = "; ".join(filter(None, [fields["disturbed"], throttled]))
+        own = "it is not known of a pipeline of one's own"
         if fields["time"].full_length_s is None:
-            unavailable["time.full_length_s"] = "the scheduler does not say how often it calls the denoiser"
+            unsaid = "the scheduler does not say how often it calls the denoiser"
+            unavailable["time.full_length_s"] = unsaid if isinstance(case, Case) else own
+        unavailable |= {f"time.{k}": own for k in ("images_per_s", "step_s") if getattr(fields["time"], k) is None}
         if "images_error" in outcome:
             unavailable["images"] = f"not saved: {without_paths(outcome['images_error'])}"
     elif not done:
@@ -405,22 +427,27 @@ def _found(case: AnyCase, machine: Machine, runs: list[_Run], seconds: float, co
 
 def _with_exactness(record: Record, outcome: Message, against: Case | None, no_reference: str) -> Record:
     """The record with what the comparison of its output gave, or why there was none."""
-    if against is None or record.status != "ok":
-        if not no_reference:
-            return record
-        return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": no_reference}})
-    if "difference" not in outcome:
-        reason = without_paths(outcome.get("difference_error", "it was not reported"))
+    if against is None and not no_reference:
+        return record
+
+    def without(reason: str) -> Record:
+        reason = without_paths(reason)[:2000]
         return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": reason}})
+
+    if against is None:
+        return without(no_reference)
+    if record.status != "ok":
+        return without("the case did not complete")
+    if "difference" not in outcome:
+        return without(outcome.get("difference_error", "it was not reported"))
     found = {**outcome["difference"], "against": against.id}
     try:
         return record.model_copy(update={"exactness": Exactness.model_validate(found)})
     except ValidationError as error:
-        reason = f"impossible figures: {error.errors()[0]['msg']}"
-        return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": reason}})
+        return without(f"impossible figures: {error.errors()[0]['msg']}")
 
 
-def _with_need(record: Record, need: Need, seconds: float) -> Record:
+def _with_need(record: Record, need: Need, machine: Machine) -> Record:
     """The record with what the search found; without it where that cannot be true."""
     context = record.memory.context_bytes
     at = need.at
@@ -436,7 +463,6 @@ def _with_need(record: Record, need: Need, seconds: float) -> Record:
     }
     found["need_phase"] = need.decided_by
     found["time"]["at_need_s"] = phase["encode"] + calls * step + phase["decode"] + phase["call"]
-    found["wall"] |= {"total_s": seconds, "need_s": seconds - found["wall"]["total_s"], "probes": need.probes}
     if context is None:
         found["unavailable"]["memory.required_bytes"] = "the context is not known"
     else:
@@ -444,11 +470,12 @@ def _with_need(record: Record, need: Need, seconds: float) -> Record:
     for key in NEED_FIELDS:
         if key != "memory.required_bytes":
             found["unavailable"].pop(key, None)
-    found["unavailable"].pop("memory.at_need_alloc_retries", None)
     try:
-        return Record.model_validate(found)
+        whole = Record.model_validate(found)
+        problem = above_the_card(whole, machine.memory_bytes) if machine.memory_bytes else None
     except ValidationError as error:
-        return _without_need(record, f"impossible figures: {error.errors()[0]['msg']}")
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+    return _without_need(record, f"impossible figures: {problem}") if problem else whole
 
 
 def _without_need(record: Record, reason: str) -> Record:
@@ -500,7 +527,7 @@ def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]
     if outcome["event"] == "done" and machine.device != "cpu" and sampler.gpu is None:
         missing = machine.cannot.get("memory.nvml_process_peak_bytes", "NVML was not sampled")
     for key, value in memory.model_dump().items():
-        if value is None and not key.startswith(("estimated_allocated", "at_need")):
+        if value is None and key != "estimated_allocated_peak_bytes":
             unavailable.setdefault(f"memory.{key}", missing)
     return memory, unavailable
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MIB = 1 << 20
+REASON_LENGTH = 2000
 LEAST_TOLERANCE = 16 * MIB
 RELATIVE_TOLERANCE = 0.005
 ESTIMATE_SPREAD = 0.01  # half of the estimates are nearer to the need than this share of it; docs/architecture.md
@@ -38,6 +39,9 @@ class Need:
 class NoNeed(Exception):
     """No need was found; the message says why."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason[:REASON_LENGTH])
+
 
 def tolerance(need: int) -> int:
     """How wide the last bracket may be, in bytes."""
@@ -54,6 +58,7 @@ def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_pe
     Raises:
         NoNeed: when the case fails even under a cap of its own reserved peak.
     """
+    guess = max(guess, MIB)
     low, high = 0, reserved_peak
     at: Probe | None = None
     decided_by: str | None = None
@@ -70,7 +75,7 @@ def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_pe
         cap = min(max(int(middle), low + LEAST_TOLERANCE // 2), high - LEAST_TOLERANCE // 2)
         result = try_cap(cap)
         if result.fits:
-            at, high = result, min(cap, result.reserved_peak or cap)
+            at, high = result, min(cap, max(result.reserved_peak or cap, low + 1))
         else:
             low, decided_by = cap, result.failed_in
     if at is None:  # nothing below fitted: see that it does fit
@@ -78,6 +83,7 @@ def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_pe
             at = try_cap(high)
             if at.fits:
                 break
+            decided_by = at.failed_in
         else:
             raise NoNeed("it fails even under a cap of its own reserved peak")
     return Need(high, tolerance(high), at, probes, decided_by)

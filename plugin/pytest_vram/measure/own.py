@@ -18,22 +18,19 @@ def described(function: Callable[..., Any], role: str) -> dict[str, str]:
     name = getattr(function, "__qualname__", type(function).__name__)
     if not isinstance(function, FunctionType):
         raise UsageError(f"vram.measure: {role} is {name}, not a function; give one that is defined in a module")
-    why = None
+    module = sys.modules.get(function.__module__)
+    file = getattr(module, "__file__", None)
+    if file is not None and _found(module, name) is function:
+        return {"file": str(Path(file).absolute()), "module": function.__module__, "name": name}
     if "<lambda>" in name:
         why = "is a lambda"
     elif function.__closure__:
         why = f"is a closure: it holds {', '.join(function.__code__.co_freevars)} of the function around it"
     elif "<locals>" in name:
         why = "is defined inside another function"
-    module = sys.modules.get(function.__module__)
-    file = getattr(module, "__file__", None)
-    if why is None and (file is None or _found(module, name) is not function):
+    else:
         why = f"is not what {function.__module__} calls {name}"
-    if why:
-        raise UsageError(
-            f"vram.measure: {role} {name} {why}; a worker process takes only functions of a module's top level"
-        )
-    return {"file": str(Path(str(file)).absolute()), "module": function.__module__, "name": name}
+    raise UsageError(f"vram.measure: {role} {name} {why}; a worker process takes only functions that it can import")
 
 
 def _found(module: Any, name: str) -> Any:

@@ -2,7 +2,10 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -152,16 +155,35 @@ def _networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def _function(file: str, module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of the module in `file`, which is loaded once."""
-    loaded = sys.modules.get(module)
-    if loaded is None or getattr(loaded, "__file__", None) != file:
-        spec = spec_from_file_location(module, file)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{file} is no Python module")
-        loaded = sys.modules[module] = module_from_spec(spec)
-        spec.loader.exec_module(loaded)
+    """The function `name` of the module in `file`, imported by its name where that leads there, else from the file."""
+    folder = Path(file).parents[module.count(".")]  # where the module's package would be
+    loaded = _by_name(file, module) or _by_name(file, module, folder) or _by_file(file, module)
     found: Any = loaded
     for part in name.split("."):
         found = getattr(found, part)
     function: Callable[..., Any] = found
     return function
+
+
+def _by_name(file: str, module: str, folder: Path | None = None) -> ModuleType | None:
+    before = sys.path[:]
+    if folder is not None:
+        sys.path.insert(0, str(folder))
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses another
+        return None
+    finally:
+        sys.path[:] = before
+    return found if getattr(found, "__file__", None) == file else None
+
+
+def _by_file(file: str, module: str) -> ModuleType:
+    spec = spec_from_file_location(module, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python module")
+    loaded = sys.modules[module] = module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -135,13 +135,13 @@ class Trace(TorchDispatchMode):
         """This tensor's storage comes to the GPU."""
         key = self._known(tensor)
         self._on_host.discard(key)
-        if key not in self._blocks:
+        if key not in self._blocks and tensor.untyped_storage().nbytes():
             self._blocks[key] = self.malloc(tensor.untyped_storage().nbytes())
 
     def track(self, tensor: torch.Tensor) -> None:
         """A storage that is not known yet is on the GPU from now until it is collected."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages and storage.nbytes():
+        if storage._cdata not in self._storages:
             self.arrive(tensor)
 
     def _known(self, tensor: torch.Tensor) -> int:

@@ -83,14 +83,14 @@ class Noise:
     trained ones are, so that images have contrast.
 
     On the host a block of noise is repeated. With `share`, host parameters are slices of one such tensor for each
-    dtype, each from another offset: what only travels to the GPU needs no memory of its own.
+    dtype, each from another offset: what only travels to the GPU needs no memory of its own, and no values of its own.
     """
 
     def __init__(self, device: str, modules: Iterable[torch.nn.Module], *, share: bool = False) -> None:
         self._device = device
         self._blocks: dict[torch.dtype, torch.Tensor] = {}
         self._shared: dict[torch.dtype, torch.Tensor] = {}
-        self._offset = 0
+        self._offsets: dict[torch.dtype, int] = {}
         if share and device == "cpu":
             sizes: dict[torch.dtype, list[int]] = {}
             for module in modules:
@@ -103,8 +103,8 @@ class Noise:
         """Noise of this shape and dtype about `mean`, on the device."""
         shared = self._shared.get(parameter.dtype)
         if shared is not None:
-            self._offset += SHARED_STRIDE
-            return shared[self._offset :][: parameter.numel()].view(parameter.shape)
+            offset = self._offsets[parameter.dtype] = self._offsets.get(parameter.dtype, 0) + SHARED_STRIDE
+            return shared[offset:][: parameter.numel()].view(parameter.shape)
         data = self._fill(torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device))
         return data.add_(mean) if mean else data
 
@@ -121,10 +121,14 @@ class Noise:
 def modules_in_order(components: Mapping[str, torch.nn.Module]) -> Iterator[torch.nn.Module]:
     """All modules in the order in which `pipe.to(device)` moves them: networks by name, children before parents."""
 
+    seen: set[torch.nn.Module] = set()
+
     def children_first(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
         for child in module.children():
             yield from children_first(child)
-        yield module
+        if module not in seen:
+            seen.add(module)
+            yield module
 
     for name in sorted(components):
         yield from children_first(components[name])

@@ -23,8 +23,9 @@ class Recorder(Protocol):
 class Unit:
     """The weights that come and go together."""
 
-    def __init__(self, modules: Sequence[torch.nn.Module], recorder: Recorder) -> None:
-        self.modules, self.recorder = modules, recorder
+    def __init__(self, modules: Sequence[torch.nn.Module], recorder: Recorder, buffers: bool = True) -> None:
+        """`buffers` says whether they come and go too."""
+        self.modules, self.recorder, self.buffers = modules, recorder, buffers
         self.loaded = False
         self.loads = 0
         self._each(recorder.on_host)
@@ -32,7 +33,7 @@ class Unit:
     def _each(self, move: Callable[[torch.Tensor], None]) -> None:
         """What the modules hold now: a cast in between makes new tensors."""
         for module in self.modules:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
+            for tensor in (*module._parameters.values(), *(module._buffers.values() if self.buffers else ())):
                 if tensor is not None:
                     move(tensor)
 
@@ -77,16 +78,24 @@ def one_network_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Rec
 
 def one_layer_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Recorder) -> Callable[[], bool]:
     """`enable_sequential_cpu_offload`: every module with weights of its own has them for its own forward only, and
-    accelerate empties the allocator's cache when they have come."""
+    accelerate empties the allocator's cache when they have come. Buffers go to the GPU at once, unless the network has
+    parameters of its own."""
     units = []
 
     def enter(unit: Unit) -> None:
         unit.load()
         recorder.empty_cache()
 
-    for module in (module for network in networks.values() for module in network.modules()):
-        if module._parameters or module._buffers:
-            unit = Unit([module], recorder)
+    for network in networks.values():
+        with_buffers = len(network._parameters) > 0
+        for module in network.modules():
+            buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+            if not with_buffers:
+                for buffer in buffers:
+                    recorder.arrive(buffer)
+            if not buffers and all(parameter is None for parameter in module._parameters.values()):
+                continue
+            unit = Unit([module], recorder, with_buffers)
             module.register_forward_pre_hook(lambda _, __, unit=unit: enter(unit))
             module.register_forward_hook(lambda _, __, ___, unit=unit: unit.drop())
             units.append(unit)
