@@ -1,6 +1,8 @@
-"""The figures of the README are those of the run file that it names."""
+"""The figures of the README are those of the files that it names."""
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ from pytest_vram.report.summary import gib
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAT = " ".join(README.split())
 FILE = re.search(r"`(results/\S+\.json)`", README)
+CHECKS = re.search(r"`(results/\S+/checks/)`", README)
 ROWS = re.findall(r"^\| `(\S+)` \| (.+) \|$", README, re.MULTILINE)
+MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -25,24 +30,69 @@ def records() -> dict[str, Record]:
 def test_a_row_is_its_record(case_id: str, cells: str, records: dict[str, Record]) -> None:
     memory, time = records[case_id].memory, records[case_id].time
     figures = [
-        memory.weights_bytes,
-        memory.allocated_peak_bytes,
-        memory.estimated_allocated_peak_bytes,
-        memory.reserved_peak_bytes,
         memory.nvml_process_peak_bytes,
+        memory.allocated_peak_bytes,
+        memory.need_bytes,
+        memory.estimated_need_bytes,
     ]
-    assert cells.split(" | ") == [*(gib(figure) for figure in figures), f"{time.median_s:.2f}"]
+    required = f"**{gib(memory.required_bytes)}**"
+    assert cells.split(" | ") == [*map(gib, figures), required, f"{time.median_s:.2f}", f"{time.at_need_s:.2f}"]
+
+
+def test_the_four_figures_of_one_program(records: dict[str, Record]) -> None:
+    memory = records["sdxl/fp16/1024x1024/b4"].memory
+    for name, value in {
+        "NVML peak": f"{gib(memory.nvml_process_peak_bytes)} GiB",
+        "reserved": gib(memory.reserved_peak_bytes),
+        "allocated": gib(memory.allocated_peak_bytes),
+        "need": gib(memory.need_bytes),
+        "context": gib(memory.context_bytes),
+        "required": gib(memory.required_bytes),
+    }.items():
+        assert re.search(rf"\*\*{name}\*\*, {re.escape(value)}[:;]", FLAT), name
+
+
+def test_what_is_said_of_the_estimate_is_so(records: dict[str, Record]) -> None:
+    errors = []
+    for record in records.values():
+        assert record.memory.need_bytes
+        assert record.memory.estimated_need_bytes
+        errors.append(abs(record.memory.estimated_need_bytes / record.memory.need_bytes - 1))
+    close = sum(error <= 0.05 for error in errors)
+    said = f"over the {len(errors)} cases of that run its median error is {statistics.median(errors):.1%}, {close} are"
+    assert (
+        f"{said} within 5 %, and the worst is {max(errors):.1%} off".replace("%,", " %,").replace("% off", " % off")
+        in FLAT
+    )
 
 
 def test_what_is_said_of_attention_slicing_is_so(records: dict[str, Record]) -> None:
     plain = records["stable-diffusion-v1-5/fp16/1024x1024/b1"]
     sliced = records["stable-diffusion-v1-5/fp16+attention_slicing/1024x1024/b1"]
-    more = (sliced.memory.allocated_peak_bytes or 0) - (plain.memory.allocated_peak_bytes or 0)
-    assert f"costs SD 1.5 at 1024x1024 {gib(more)} GiB and more than doubles its time" in README
+    more = (sliced.memory.required_bytes or 0) - (plain.memory.required_bytes or 0)
+    assert f"makes SD 1.5 at 1024x1024 require {gib(more)} GiB more and take twice as long" in FLAT
     assert (sliced.time.median_s or 0) > 2 * (plain.time.median_s or 0)
+
+
+def test_what_is_said_of_the_time_at_need_is_so(records: dict[str, Record]) -> None:
+    time = records["sdxl/fp16+model_offload/1024x1024/b1"].time
+    assert 2.5 < (time.at_need_s or 0) / (time.median_s or 1) < 3.5
 
 
 def test_every_case_is_close_to_its_estimate(records: dict[str, Record]) -> None:
     for record in records.values():
         estimate = record.memory.estimated_allocated_peak_bytes
         assert estimate == pytest.approx(record.memory.allocated_peak_bytes, rel=0.01)
+
+
+def test_the_filled_card_agreed() -> None:
+    assert CHECKS
+    assert FILE
+    (path,) = (ROOT / CHECKS[1]).glob("*.json")
+    check = json.loads(path.read_text(encoding="utf-8"))
+    assert check["run"] == Path(FILE[1]).name
+    assert check["margin_bytes"] == 64 * MIB
+    assert len({entry["id"] for entry in check["found"]}) == 5
+    assert all(entry["fits"] == entry["expected"] for entry in check["found"])
+    for entry in check["found"]:
+        assert abs(abs(entry["free_bytes"] - entry["required_bytes"]) - 64 * MIB) <= 4 * MIB

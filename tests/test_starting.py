@@ -33,7 +33,7 @@ def test_an_empty_folder_gets_everything_and_a_second_time_nothing(tmp_path: Pat
     first = files(tmp_path)
     assert list(first) == ALL
     again = list(initialize(tmp_path, "app:build", "app:call"))
-    assert {written.done for written in again} == {"is there", "has --gpu"}
+    assert {written.done for written in again} == {"is there, left as it is", "has --gpu"}
     assert not any(written.left for written in again)
     assert files(tmp_path) == first
 
@@ -51,7 +51,7 @@ def test_what_is_there_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(ADDOPTION.format("--slow"))
     written = {file.path: file for file in initialize(tmp_path, "app:build", "app:call")}
     assert files(tmp_path) == {**theirs, "conftest.py": ADDOPTION.format("--slow")}
-    assert {written[name].left for name in theirs} == {"left as it is"}
+    assert {written[name].done for name in theirs} == {"is there, left as it is"}
     assert written["conftest.py"].done == "left as it is"
     assert 'parser.addoption("--gpu", ' in written["conftest.py"].left
 

@@ -190,10 +190,11 @@ def _judge(record: Record, node: pytest.Item) -> None:
     mark = node.get_closest_marker("vram")
     if mark is None:
         return
-    wrong = None if not mark.args and mark.kwargs.keys() == {"max_required"} else 'takes max_required="8GiB" alone'
-    limit = 0
+    wrong, limit = None, 0
     try:
-        limit = limit if wrong else parse_bytes(str(mark.kwargs["max_required"]), "max_required")
+        if mark.args or mark.kwargs.keys() != {"max_required"}:
+            raise UsageError('takes one argument, such as max_required="8GiB"')
+        limit = parse_bytes(str(mark.kwargs["max_required"]), "max_required")
     except UsageError as error:
         wrong = str(error)
     if wrong:

@@ -192,7 +192,6 @@ def test_a_case_of_ones_own_needs(key: str) -> None:
     assert missing == {key} if key != "build" else missing, "with no `build` it is one of a sweep"
 
 
-@pytest.mark.xfail(strict=True, raises=ValidationError, reason="its weights are thought to be on the GPU")
 def test_a_pipeline_of_ones_own_may_offload_its_weights() -> None:
     assert own(memory={"weights_bytes": 11801 * MIB}).status == "ok"
 

@@ -93,7 +93,7 @@ def one_layer_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Recor
             if not with_buffers:
                 for buffer in buffers:
                     recorder.arrive(buffer)
-            if not buffers and all(parameter is None for parameter in module._parameters.values()):
+            if not (with_buffers and buffers) and all(weight is None for weight in module._parameters.values()):
                 continue
             unit = Unit([module], recorder, with_buffers)
             module.register_forward_pre_hook(lambda _, __, unit=unit: enter(unit))
