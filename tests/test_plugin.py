@@ -195,7 +195,7 @@ def test_the_marker_judges_what_a_case_requires(project: pytest.Pytester) -> Non
     argument = 'takes one argument, such as max_required="8GiB"'
     text = str(result.stdout)
     assert f"{id}: required {required} GiB (need {need} + context 0.75); max_required is 0.75 GiB; " in text
-    assert text.count(f"@pytest.mark.vram: {argument}") == 3
+    assert text.count(f"\n@pytest.mark.vram: {argument}") == 3
     assert "@pytest.mark.vram: max_required: '8' is not a size; write it like 8GiB or 500MiB" in text
 
 

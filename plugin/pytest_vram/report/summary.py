@@ -17,10 +17,11 @@ def legend(assumed_context: int) -> str:
     """What the columns of the summary are; `assumed_context` in bytes."""
     assumed = f"{assumed_context >> 20} MiB"
     return f"""\
-GiB, s. required: the free memory a card must have, need + context; ~ is estimated: the simulated need, and
-the context that was measured, or {assumed}. alloc.: peak of tensors. reserv.: peak of PyTorch's pool.
-NVML: peak of the process, as nvidia-smi shows it. call s: one call, median. at need: the same call with no
-more memory than required. full s: a call of the model's native steps, calculated. img/s: images a second."""
+GiB, s. required: the free memory a card must have, need + context; ~ is estimated: the simulated
+need, and the context that was measured, or {assumed}. alloc.: peak of tensors. reserv.: peak of
+PyTorch's pool. NVML: peak of the process, as nvidia-smi shows it. call s: one call, median.
+at need: the same call with no more memory than required. full s: a call of the model's native
+steps, calculated. img/s: images a second."""
 
 
 def gib(value: int | None) -> str:
