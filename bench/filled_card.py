@@ -65,6 +65,7 @@ def check(run_path: Path, ids: list[str]) -> dict[str, Any]:
     chosen = [records[name] for name in ids]
     machine = start_machine("cuda", models.values(), allow_shared=False, name_host=False, say=print)
     filler = Filler()
+    facts = dict(machine.facts)
     found = []
     try:
         assert machine.gpu
@@ -99,7 +100,7 @@ def check(run_path: Path, ids: list[str]) -> dict[str, Any]:
     finally:
         filler.stop()
         machine.close()
-    described = {**environment.describe(ROOT, start=machine.starter.name, name_host=False), **machine.facts}
+    described = {**environment.describe(ROOT, start=machine.starter.name, name_host=False), **facts}
     return {
         "check": "filled card",
         "run": run_path.name,

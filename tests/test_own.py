@@ -15,6 +15,7 @@ import pytest
 
 from pytest_vram.cases.case import OwnCase
 from pytest_vram.errors import UsageError
+from pytest_vram.measure.job import own_job
 from pytest_vram.measure.measurement import SEARCH_INTERRUPTED
 from pytest_vram.measure.own import described, readable
 from pytest_vram.records.files import read_run
@@ -192,7 +193,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Session:
     folder = tmp_path_factory.mktemp("own")
     package = {"inside/__init__.py": "", "inside/pkg/__init__.py": "", "inside/pkg/width.py": WIDTH}
     package["inside/pkg/test_relative.py"] = RELATIVE
-    write(folder, {"pipes.py": PIPES, "broken.py": BROKEN, "test_mine.py": MINE, **package})
+    ignored = "\n".join(["broken.py", "results", "__pycache__", "*.xml", "*.json", ".benchmarks"])
+    write(folder, {"pipes.py": PIPES, "broken.py": BROKEN, "test_mine.py": MINE, ".gitignore": ignored, **package})
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.invalid"]
+        subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True)
     return session(folder)
 
 
@@ -410,7 +415,6 @@ REFUSED: list[tuple[Any, str]] = [
     (nested(), "build nested.<locals>.inner is defined inside another function;"),
     (renamed, "build gone is not what tests.test_own calls gone;"),
     (Thing().method, "build is Thing.method, not a function;"),
-    (Thing, "build is Thing, not a function;"),
     (Thing(), "build is Thing, not a function;"),
     (functools.partial(top_level), "build is partial, not a function;"),
     (print, "build is print, not a function;"),
@@ -450,3 +454,25 @@ def with_a_decorator() -> None:
 
 def test_a_decorated_function_travels() -> None:
     assert described(with_a_decorator, "call")["name"] == "with_a_decorator"
+
+
+def test_a_class_may_build() -> None:
+    assert described(Thing, "build")["name"] == "Thing"
+
+
+def test_the_test_s_environment_and_folder_travel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = dict(os.environ)
+    monkeypatch.setenv("MODEL_DIR", "somewhere")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.chdir(tmp_path)
+    case = OwnCase(model="test_a.py", test="test_b", build="a.py:b", call="a.py:c")
+    job = own_job(case, {}, {}, {**before, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    assert job["environ"] == {"MODEL_DIR": "somewhere", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert job["own"]["folder"] == str(tmp_path)
+
+
+def test_a_marker_on_a_test_that_measures_nothing_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"test_it.py": 'import pytest\n@pytest.mark.vram(max_required="1GiB")\ndef test_it(): pass\n'})
+    done = run_pytest(tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "test_it.py::test_it: @pytest.mark.vram: the test measures nothing" in done.stderr

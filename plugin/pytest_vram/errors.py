@@ -1,7 +1,7 @@
 """The errors of this package, in one hierarchy; every message is one line for the person who can mend it.
 
 VramError
-├── UsageError        bad input: an option, a matrix, a model file, a machine that cannot do what was asked
+├── UsageError        bad input: an option, a matrix, a model file, a function, a machine that cannot do it
 ├── RunFileError      a run file or journal that is not what the schema says
 └── StartError        the fork server or a worker could not be started
 """
@@ -20,7 +20,7 @@ class VramError(Exception):
 
 
 class UsageError(VramError):
-    """Bad input; pytest ends with exit code 4 and nothing is written."""
+    """Bad input; before the first case pytest ends with exit code 4 and writes nothing, later the test fails."""
 
 
 class RunFileError(VramError):

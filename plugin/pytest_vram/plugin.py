@@ -1,4 +1,4 @@
-"""The hooks and options of pytest. Nothing heavy is imported before a test asks for `vram_case`."""
+"""The hooks and options of pytest. Nothing heavy is imported before a test asks for `vram_case` or `vram`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--vram-no-need", action="store_true", help="do not search the need: quicker, and no required memory")
     add("--vram-limit", metavar="SIZE", help="the memory each case may have, context included, such as 8GiB")
-    add("--vram-timeout", metavar="SECONDS", default="600", help="for one case; default: 600")
+    add("--vram-timeout", metavar="SECONDS", default="600", help="for one worker of a case; default: 600")
     add("--vram-results", metavar="DIR", default="results", help="where run files go; default: results")
     add("--vram-resume", action="store_true", help="go on with the newest unfinished run")
     add("--vram-save-images", metavar="DIR", help="write the images of each case's last round")
@@ -132,11 +132,11 @@ class VramCase:
 
         An out-of-memory is a result. An error or a timeout fails the test; an impossible case skips it.
         """
-        session = self._manager.session
+        session, limit = self._manager.session, _limit_of(self._request.node)
         assert session is not None
         record = session.run(self._plan)
         self._request.node.stash.setdefault(RECORDS, []).append(record)
-        _judge(record, self._request.node)
+        _judge(record, limit, self._request.config)
         replay_rounds(record, self._request)
         return record
 
@@ -157,10 +157,11 @@ class Vram:
         """
         from pytest_vram.errors import VramError
 
-        session = self._manager.own_session(self._node)
+        limit = _limit_of(self._node)
         self._measured += 1
         refused = None
         try:
+            session = self._manager.own_session(self._node)
             record = session.run_own(self._node.nodeid, self._measured, build, call)
         except VramError as error:
             refused = str(error)
@@ -168,16 +169,31 @@ class Vram:
             pytest.fail(refused, pytrace=False)
         self._node.stash.setdefault(RECORDS, []).append(record)
         session.keep(record)  # on the disk before the test goes on
-        _judge(record, self._node)
+        _judge(record, limit, self._request.config)
         if self._measured == 1:  # pytest-benchmark has room for one a test
             replay_rounds(record, self._request)
         return record
 
 
-def _judge(record: Record, node: pytest.Item) -> None:
-    """Fail or skip the test as its record says."""
+def _limit_of(node: pytest.Item) -> int | None:
+    """The bytes that the test's marker allows, if it has one; fails the test where the marker is wrong."""
     from pytest_vram.cases.case import parse_bytes
     from pytest_vram.errors import UsageError
+
+    mark = node.get_closest_marker("vram")
+    if mark is None:
+        return None
+    try:
+        if mark.args or mark.kwargs.keys() != {"max_required"}:
+            raise UsageError('takes one argument, such as max_required="8GiB"')
+        return parse_bytes(str(mark.kwargs["max_required"]), "max_required")
+    except UsageError as error:
+        wrong = f"@pytest.mark.vram: {error}"
+    pytest.fail(wrong, pytrace=False)
+
+
+def _judge(record: Record, limit: int | None, config: pytest.Config) -> None:
+    """Fail or skip the test as its record says."""
     from pytest_vram.report.summary import above_limit
 
     if record.status in ("error", "timeout"):
@@ -187,19 +203,9 @@ def _judge(record: Record, node: pytest.Item) -> None:
         pytest.fail(f"{record.id}: {record.status}: {failure.message}{tail}", pytrace=False)
     if record.status == "skipped":
         pytest.skip(record.reason or "")
-    mark = node.get_closest_marker("vram")
-    if mark is None:
+    if limit is None:
         return
-    wrong, limit = None, 0
-    try:
-        if mark.args or mark.kwargs.keys() != {"max_required"}:
-            raise UsageError('takes one argument, such as max_required="8GiB"')
-        limit = parse_bytes(str(mark.kwargs["max_required"]), "max_required")
-    except UsageError as error:
-        wrong = str(error)
-    if wrong:
-        pytest.fail(f"@pytest.mark.vram: {wrong}", pytrace=False)
-    if node.config.getoption("--vram-device") == "cpu":
+    if config.getoption("--vram-device") == "cpu":
         pytest.skip("max_required is about the memory of a GPU: give --vram-device cuda")
     if problem := above_limit(record, limit):
         pytest.fail(problem, pytrace=False)
@@ -329,6 +335,9 @@ class Manager:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         if self.usage_error and not self.under_xdist:
             raise pytest.UsageError(self.usage_error)
+        for item in session.items:
+            if item.get_closest_marker("vram") and not {"vram", "vram_case"} & set(getattr(item, "fixturenames", ())):
+                raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.vram: the test measures nothing: use `vram`")
         plans = [plan for item in session.items if (plan := _plan(item))]
         own = [item for item in session.items if _is_own(item)]
         if self.config.getoption("--vram-device") == "meta" or self.under_xdist:
@@ -340,7 +349,7 @@ class Manager:
 
         if self.terminal is not None and not self.under_xdist and self.config.get_verbosity() >= 0:
             measuring = self.config.getoption("--vram-device") == "cuda"
-            first = "imports, then all estimates, then the cases" if measuring else "imports, then the cases"
+            first = "imports, then all estimates, then the cases" if measuring and plans else "imports, then the cases"
             self.terminal.write_line(f"vram: {len(plans) + len(own)} cases; {first}")
         try:
             self.sweep().start(plans, [item.nodeid for item in own], keep_journal=not self.under_xdist)

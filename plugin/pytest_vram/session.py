@@ -256,9 +256,14 @@ class SweepSession:
         functions = described(build, "build"), described(call, "call")
         case = self._own_case(model, test, *(readable(function, self.root) for function in functions))
         self.expected.add(case.id)
-        if self.journal and (known := self._known(self.journal.records, case)):
+        if self.journal and self._same_code() and (known := self._known(self.journal.records, case)):
             return known
-        return self._measure(case, own_job(case, *functions), None)
+        return self._measure(case, own_job(case, *functions, self.machine.environ), None)
+
+    def _same_code(self) -> bool:
+        """Whether a resumed run is known to have had the same functions."""
+        described = self.journal.run.environment if self.journal else {}
+        return bool(described.get("commit")) and not described.get("dirty")
 
     def _measure(self, case: AnyCase, job: Message, estimated: Estimated | None) -> Record:
         assert self.machine is not None

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from keyword import iskeyword
 from pathlib import Path
 
 from pytest_vram.errors import UsageError
@@ -28,7 +29,6 @@ CONFTEST = """\
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_const", const="cuda", dest="vram_device", default="meta")
 """
-REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def initialize(root: Path, build: str | None, call: str | None) -> Iterator[Writ
 
 def _import(reference: str, option: str, name: str) -> str:
     """The line that imports `module:function` under this name."""
-    match = REFERENCE.fullmatch(reference)
-    if match is None:
+    module, _, function = reference.partition(":")
+    if not all(part.isidentifier() and not iskeyword(part) for part in (*module.split("."), function)):
         raise UsageError(f"{option}: {reference!r} is not module:function, such as app.pipelines:build")
-    return f"from {match[1]} import {match[2]}" + (f" as {name}" if match[2] != name else "")
+    return f"from {module} import {function}" + (f" as {name}" if function != name else "")
 
 
 def _write(root: Path, name: str, text: str) -> Written:
@@ -88,8 +88,9 @@ def _conftest(root: Path) -> Written:
         path.write_text(CONFTEST, encoding="utf-8")
         return Written("conftest.py", "written")
     old = path.read_bytes()
-    if b"--gpu" in old:
-        return Written("conftest.py", "has --gpu")
+    if re.search(rb"[\"']--gpu[\"']", old):
+        left = "" if b"vram_device" in old else "its --gpu does something else: give --vram-device cuda"
+        return Written("conftest.py", "has --gpu", left)
     if b"pytest_addoption" in old:
         return Written("conftest.py", "left as it is", f"add to its pytest_addoption: {line}")
     with path.open("a", encoding="ascii", newline="\r\n" if b"\r\n" in old else "\n") as file:

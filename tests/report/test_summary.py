@@ -238,8 +238,8 @@ def test_duration(value: float, expected: str) -> None:
 
 
 def test_where_time_went() -> None:
-    walls = {"total_s": 10.0, "load_s": 1.0, "warmup_s": 2.0, "rounds_s": 3.0}
+    walls = {"total_s": 10.0, "load_s": 1.0, "warmup_s": 2.0, "rounds_s": 3.0, "need_s": 3.0}
     estimated = RECORDS["estimated"].model_copy(update={"wall": record(wall=walls).wall})
     said = where_time_went([record(wall=walls), record(wall=walls), estimated, OK], 24.0)
-    assert said == "24 s of wall time, 50% of it measurement: load 2 s, warm-up 4 s, rounds 6 s"
+    assert said == "24 s of wall time, 75% of it measurement: load 2 s, warm-up 4 s, rounds 6 s, need 6 s"
     assert where_time_went([], 0.0).startswith("0 s of wall time, 0%")

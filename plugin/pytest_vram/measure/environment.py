@@ -45,7 +45,7 @@ def describe(root: Path, *, start: str, name_host: bool) -> dict[str, Any]:
     commit, dirty = git_state(root)
     return {
         "host": hidden(platform.node(), name_host),
-        "os": f"{platform.system()} {platform.release()}",
+        "os": f"{platform.system()} {re.split(r'[^0-9.]', platform.release())[0]}",  # without a build's own name
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),

@@ -148,10 +148,10 @@ class _Generation:
         self.take_peak()
         if keep_output:
             self.output = output
-        return {
-            name: self.device.seconds(begin, end)
-            for (name, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False)
-        }
+        seconds: dict[str, float] = {}
+        for (name, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):  # a phase may come again
+            seconds[name] = seconds.get(name, 0.0) + self.device.seconds(begin, end)
+        return seconds
 
     def enter(self, phase: str) -> None:
         self.marks.append((phase, self.device.mark()))

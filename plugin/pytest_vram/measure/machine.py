@@ -40,6 +40,7 @@ class Machine:
     memory_bytes: int | None = None
     context_bytes: int = ASSUMED_CONTEXT_BYTES
     cannot: dict[str, str] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))  # as workers have it
 
     def baseline(self) -> int:
         """Bytes in use on the device before a case, once the last worker's memory is free again."""

@@ -201,6 +201,8 @@ class CaseWorkers:
         """One worker; under a limit once more where its context grew beyond what was set aside for it."""
         limit, context = self.case.limit_bytes, self.machine.context_bytes
         run = self._worker(None if limit is None else limit - context)
+        if limit and run.outcome.get("swallowed") and self._worker(None, probe=True).outcome.get("status") == "error":
+            run.outcome["status"] = "error"  # not the limit's doing: it comes with room too
         grown = run.context or 0
         reserved = run.outcome.get("reserved_peak_bytes") or 0
         if limit and run.done and grown + reserved > limit:
@@ -264,6 +266,7 @@ class CaseWorkers:
         environ = dict(PRELOAD_ENVIRON)
         for optimization in chosen((subject or self.case).optimizations):
             environ |= optimization.environ
+        environ |= self.job.get("environ", {})
         machine, settings = self.machine, self.settings
         interval_s = None if job else settings.interval_s  # what is not timed need not be sampled
         sampler = Sampler(machine.gpu if interval_s else None, -1, machine.baseline())

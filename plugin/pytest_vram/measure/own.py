@@ -16,12 +16,12 @@ def described(function: Callable[..., Any], role: str) -> dict[str, str]:
         UsageError: for whatever is not found by them.
     """
     name = getattr(function, "__qualname__", type(function).__name__)
-    if not isinstance(function, FunctionType):
-        raise UsageError(f"vram.measure: {role} is {name}, not a function; give one that is defined in a module")
-    module = sys.modules.get(function.__module__)
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
     file = getattr(module, "__file__", None)
     if file is not None and _found(module, name) is function:
         return {"file": str(Path(file).absolute()), "module": function.__module__, "name": name}
+    if not isinstance(function, FunctionType):
+        raise UsageError(f"vram.measure: {role} is {name}, not a function; give one that is defined in a module")
     if "<lambda>" in name:
         why = "is a lambda"
     elif function.__closure__:

@@ -29,7 +29,8 @@ class Phases:
     def begin(self) -> None:
         """A call of the pipeline begins."""
         self.denoiser_calls = 0
-        self._once("encode")
+        self.current = "encode"
+        self._enter("encode")
 
     def _denoise(self) -> None:
         self.denoiser_calls += 1

@@ -1,5 +1,6 @@
 """What a worker measures: a case of a sweep, or a pipeline that somebody's own functions build and call."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -116,6 +117,7 @@ class OwnSubject:
 
     def build(self, place: str) -> Any:
         sys.path[:] = self.own["sys_path"]
+        os.chdir(self.own["folder"])
         build = _function(**self.own["build"])
         self._call = _function(**self.own["call"])
         torch.manual_seed(0)

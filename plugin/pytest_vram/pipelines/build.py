@@ -249,7 +249,7 @@ def denoiser_calls(pipe: Any, steps: int) -> int | None:
 
 
 def weights_bytes(components: Mapping[str, torch.nn.Module]) -> int:
-    """Bytes of all parameters and buffers, each storage counted once."""
+    """Bytes of all parameters and buffers, each counted once."""
     tensors = {
         id(tensor): tensor.numel() * tensor.element_size()
         for module in components.values()

@@ -145,9 +145,10 @@ def line(record: Record, assumed_context: int) -> str:
 def where_time_went(records: Iterable[Record], wall_s: float) -> str:
     """How much of the wall time was measurement."""
     walls = [record.wall for record in records if record.wall and record.method == "measured"]
-    load, warmup, rounds = (sum(getattr(w, f"{part}_s") for w in walls) for part in ("load", "warmup", "rounds"))
-    share = (load + warmup + rounds) / wall_s if wall_s else 0.0
+    parts = ("load", "warmup", "rounds", "need")
+    load, warmup, rounds, need = (sum(getattr(wall, f"{part}_s") for wall in walls) for part in parts)
+    share = (load + warmup + rounds + need) / wall_s if wall_s else 0.0
     return (
         f"{wall_s:.0f} s of wall time, {share:.0%} of it measurement: "
-        f"load {load:.0f} s, warm-up {warmup:.0f} s, rounds {rounds:.0f} s"
+        f"load {load:.0f} s, warm-up {warmup:.0f} s, rounds {rounds:.0f} s, need {need:.0f} s"
     )
