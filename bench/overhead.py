@@ -86,6 +86,7 @@ def _measured(ids: Sequence[tuple[str, int, int, int]], run: Callable[..., None]
 
 def sampling() -> None:
     """One worker; NVML is read in every other round. GPU-bound and CPU-bound cases."""
+    from pytest_vram.measure.job import job_of
     from pytest_vram.measure.measurement import Settings, measure
 
     class Switched:
@@ -118,7 +119,8 @@ def sampling() -> None:
             if progress.startswith("round "):
                 switched.on = int(progress.split()[1]) % 2 == 0  # the rounds numbered 0, 2, … are sampled
 
-        record = measure(case, models[case.model], machine, Settings(rounds=rounds), switch)
+        settings = Settings(rounds=rounds, need=False)
+        record = measure(case, job_of(case, models[case.model]), machine, settings, switch)
         machine.gpu = gpu
         times = record.time.workers[0].rounds_s
         ratios = [on / off for on, off in zip(times[::2], times[1::2], strict=True)]

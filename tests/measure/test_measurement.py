@@ -22,13 +22,13 @@ from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
 from pytest_vram.measure.job import job_of
 from pytest_vram.measure.machine import Device, Machine
 from pytest_vram.measure.measurement import (
-    NEED_FIELDS,
     SEARCH_INTERRUPTED,
     CaseInterrupted,
     Estimated,
     Settings,
     measure,
 )
+from pytest_vram.measure.recording import NEED_FIELDS
 from pytest_vram.measure.sampling import Sampler
 from pytest_vram.records.schema import Exactness, Failure, Memory, PhaseCost, Record, Time
 from tests.measure.tasks import DIFFERENCE, MIB, ROUND

@@ -1,49 +1,25 @@
-"""One case measured in a fresh worker: talks to the worker, samples NVML meanwhile, and makes the record."""
+"""One case measured in fresh workers: starts them, talks to them, samples NVML meanwhile, searches the need."""
 
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import ValidationError
+from typing import Any
 
 from pytest_vram.cases.case import AnyCase, Case
 from pytest_vram.errors import StartError
-from pytest_vram.measure import nvml
 from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.exactness import NoReference, References
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
+from pytest_vram.measure.recording import WorkerRun, record_of, with_exactness, with_need, without_need
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, impossible
-from pytest_vram.records.schema import (
-    NVML_SLACK_BYTES,
-    Exactness,
-    Failure,
-    Memory,
-    Phase,
-    PhaseCost,
-    Record,
-    RoundTelemetry,
-    Telemetry,
-    Time,
-    Wall,
-    WorkerTime,
-    above_the_card,
-)
+from pytest_vram.records.schema import Failure, Record, Wall
 
 GENERATION = "pytest_vram.measure.generation:run"
-NEED_FIELDS = (
-    "memory.need_bytes",
-    "memory.need_tolerance_bytes",
-    "memory.required_bytes",
-    "memory.at_need_alloc_retries",
-    "time.at_need_s",
-)
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
 
@@ -81,21 +57,6 @@ class Estimated:
     allocated_peak: int
 
 
-@dataclass
-class _Run:
-    """What one worker reported."""
-
-    outcome: Message
-    sampler: Sampler
-    telemetry: list[RoundTelemetry] = field(default_factory=list)
-    context: int | None = None
-    output_tail: str = ""
-
-    @property
-    def done(self) -> bool:
-        return bool(self.outcome["event"] == "done")
-
-
 def measure(
     case: AnyCase,
     job: Message,
@@ -128,8 +89,8 @@ def measure(
         nothing = {"memory": "interrupted", "time": "interrupted"}
         record = Record(status="error", failure=failure, wall=wall, unavailable=nothing, **common)
         raise CaseInterrupted(record) from None
-    record = _record(case, machine, runs, time.monotonic() - began, common)
-    record = _with_exactness(record, runs[-1].outcome, against, no_reference)
+    record = record_of(case, machine, runs, time.monotonic() - began, common)
+    record = with_exactness(record, runs[-1].outcome, against, no_reference)
     searched = time.monotonic()
 
     def after_search() -> Record:
@@ -142,10 +103,10 @@ def measure(
     try:
         need = measurer.need(record, estimated)
     except KeyboardInterrupt:
-        raise CaseInterrupted(_without_need(after_search(), SEARCH_INTERRUPTED)) from None
+        raise CaseInterrupted(without_need(after_search(), SEARCH_INTERRUPTED)) from None
     except NoNeed as error:
-        return _without_need(after_search(), without_paths(str(error)))
-    return _with_need(after_search(), need, machine)
+        return without_need(after_search(), without_paths(str(error)))
+    return with_need(after_search(), need, machine)
 
 
 class CaseWorkers:
@@ -190,14 +151,14 @@ class CaseWorkers:
         run = self._worker(None, subject=reference, **job)
         return None if run.done else without_paths(run.outcome["message"])
 
-    def rounds(self) -> list[_Run]:
+    def rounds(self) -> list[WorkerRun]:
         """As many workers as were asked for, or up to the first that fails."""
-        runs: list[_Run] = []
+        runs: list[WorkerRun] = []
         while len(runs) < self.settings.workers and all(run.done for run in runs):
             runs.append(self._limited())
         return runs
 
-    def _limited(self) -> _Run:
+    def _limited(self) -> WorkerRun:
         """One worker; under a limit once more where its context grew beyond what was set aside for it."""
         limit, context = self.case.limit_bytes, self.machine.context_bytes
         run = self._worker(None if limit is None else limit - context)
@@ -262,7 +223,7 @@ class CaseWorkers:
             raise NoNeed(f"within {room} it failed, but not for memory: {outcome['message']}")
         return Probe(cap, False, failed_in=outcome.get("phase"))
 
-    def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> _Run:
+    def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> WorkerRun:
         environ = dict(PRELOAD_ENVIRON)
         for optimization in chosen((subject or self.case).optimizations):
             environ |= optimization.environ
@@ -274,9 +235,9 @@ class CaseWorkers:
         try:
             worker = machine.starter.start(settings.task, environ)
         except StartError as error:
-            return _Run({"event": "failed", "status": "error", "message": str(error)}, sampler)
+            return WorkerRun({"event": "failed", "status": "error", "message": str(error)}, sampler)
         sampler.pid = worker.pid
-        run = _Run({}, sampler)
+        run = WorkerRun({}, sampler)
         conversation = _Conversation(worker, run, interval_s, self.say, began, settings.timeout_s)
         if job:
             conversation.say = lambda _: None
@@ -295,7 +256,7 @@ class _Conversation:
     """From the job to the outcome, sampling between the messages."""
 
     def __init__(
-        self, worker: Worker, run: _Run, interval_s: float | None, say: Say, began: float, timeout_s: float
+        self, worker: Worker, run: WorkerRun, interval_s: float | None, say: Say, began: float, timeout_s: float
     ) -> None:
         self.worker, self.run, self.interval_s, self.say = worker, run, interval_s, say
         self.deadline, self.timeout_s = began + timeout_s, timeout_s
@@ -363,229 +324,3 @@ def _died(worker: Worker, phase: str | None) -> str:
     last = f": {lines[-1].strip()}" if lines and code != -9 else ""
     where = f" in {phase}" if phase else ""
     return f"the worker {cause}{where}{last}"
-
-
-# From what the workers reported to a record
-
-
-def _record(case: AnyCase, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]) -> Record:
-    """The record; where the figures cannot be true it says so instead of showing them."""
-    try:
-        record = _found(case, machine, runs, seconds, common)
-        problem = above_the_card(record, machine.memory_bytes) if machine.memory_bytes else None
-    except ValidationError as error:
-        places = (".".join(str(part) for part in e["loc"]) for e in error.errors())
-        messages = (e["msg"].removeprefix("Value error, ") for e in error.errors())
-        problem = "; ".join(f"{at}: {text}" if at else text for at, text in zip(places, messages, strict=True))
-    if not problem:
-        return record
-    failure = Failure(message=f"impossible figures: {problem}", output_tail=without_paths(runs[-1].output_tail))
-    wall = Wall(total_s=seconds)
-    reason = {"memory": "impossible figures", "time": "impossible figures"}
-    return Record(status="error", failure=failure, wall=wall, unavailable=reason, **common)
-
-
-def _found(case: AnyCase, machine: Machine, runs: list[_Run], seconds: float, common: dict[str, Any]) -> Record:
-    outcome = runs[-1].outcome
-    done = outcome["event"] == "done"
-    memory, unavailable = _memory(machine, runs)
-    fields: dict[str, Any] = {
-        **common,
-        "status": "ok" if done else outcome["status"],
-        "memory": memory,
-        "phases": _phases(runs),
-        "effects": outcome.get("effects", {}),
-        "telemetry": Telemetry(rounds=[state for run in runs for state in run.telemetry]),
-        "disturbed": _disturbed(runs),
-        "wall": Wall(
-            total_s=seconds,
-            load_s=sum(run.outcome.get("load_s", 0.0) for run in runs),
-            warmup_s=sum(run.outcome.get("warmup_s", 0.0) for run in runs),
-            rounds_s=sum(run.outcome.get("rounds_wall_s", 0.0) for run in runs),
-        ),
-    }
-    if done and all(run.outcome["rounds"] for run in runs):
-        fields["time"] = _time(case, runs)
-        if any(run.telemetry and all(nvml.ABNORMAL & set(s.throttle) for s in run.telemetry) for run in runs):
-            throttled = "every round of a worker ran on a throttled GPU"
-            fields["disturbed"] = "; ".join(filter(None, [fields["disturbed"], throttled]))
-        own = "it is not known of a pipeline of one's own"
-        if fields["time"].full_length_s is None:
-            unsaid = "the scheduler does not say how often it calls the denoiser"
-            unavailable["time.full_length_s"] = unsaid if isinstance(case, Case) else own
-        unavailable |= {f"time.{k}": own for k in ("images_per_s", "step_s") if getattr(fields["time"], k) is None}
-        if "images_error" in outcome:
-            unavailable["images"] = f"not saved: {without_paths(outcome['images_error'])}"
-    elif not done:
-        unavailable["time"] = f"no round was completed: {fields['status']}"
-        fields["failure"] = Failure(
-            phase=outcome.get("phase"),
-            requested_bytes=outcome.get("requested_bytes"),
-            limit_bytes=case.limit_bytes or (machine.memory_bytes if outcome["status"] == "oom" else None),
-            message=without_paths(outcome["message"])[:2000],
-            output_tail=without_paths(runs[-1].output_tail),
-        )
-    return Record(unavailable=unavailable, **fields)
-
-
-def _with_exactness(record: Record, outcome: Message, against: Case | None, no_reference: str) -> Record:
-    """The record with what the comparison of its output gave, or why there was none."""
-    if against is None and not no_reference:
-        return record
-
-    def without(reason: str) -> Record:
-        reason = without_paths(reason)[:2000]
-        return record.model_copy(update={"unavailable": {**record.unavailable, "exactness": reason}})
-
-    if against is None:
-        return without(no_reference)
-    if record.status != "ok":
-        return without("the case did not complete")
-    if "difference" not in outcome:
-        return without(outcome.get("difference_error", "it was not reported"))
-    found = {**outcome["difference"], "against": against.id}
-    try:
-        return record.model_copy(update={"exactness": Exactness.model_validate(found)})
-    except ValidationError as error:
-        return without(f"impossible figures: {error.errors()[0]['msg']}")
-
-
-def _with_need(record: Record, need: Need, machine: Machine) -> Record:
-    """The record with what the search found; without it where that cannot be true."""
-    context = record.memory.context_bytes
-    at = need.at
-    phase = {name: at.seconds.get(name, 0.0) for name in ("encode", "denoise", "decode", "call")}
-    step = phase["denoise"] / max(1, at.denoiser_calls)
-    calls = record.time.denoiser_calls or at.denoiser_calls
-    found = record.model_dump()
-    found["memory"] |= {
-        "need_bytes": need.bytes,
-        "need_tolerance_bytes": need.tolerance,
-        "required_bytes": None if context is None else need.bytes + context,
-        "at_need_alloc_retries": at.retries,
-    }
-    found["need_phase"] = need.decided_by
-    found["time"]["at_need_s"] = phase["encode"] + calls * step + phase["decode"] + phase["call"]
-    if context is None:
-        found["unavailable"]["memory.required_bytes"] = "the context is not known"
-    else:
-        del found["unavailable"]["memory.required_bytes"]
-    for key in NEED_FIELDS:
-        if key != "memory.required_bytes":
-            found["unavailable"].pop(key, None)
-    try:
-        whole = Record.model_validate(found)
-        problem = above_the_card(whole, machine.memory_bytes) if machine.memory_bytes else None
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-    return _without_need(record, f"impossible figures: {problem}") if problem else whole
-
-
-def _without_need(record: Record, reason: str) -> Record:
-    """The record, with the reason why it has no need."""
-    return record.model_copy(update={"unavailable": {**record.unavailable, **dict.fromkeys(NEED_FIELDS, reason)}})
-
-
-def _memory(machine: Machine, runs: list[_Run]) -> tuple[Memory, dict[str, str]]:
-    outcome, sampler = runs[-1].outcome, runs[-1].sampler
-    unavailable = {
-        **machine.cannot,
-        "memory.estimated_need_bytes": "not estimated",
-        "energy_j_per_image": "not measured",
-    }
-
-    def most(key: str) -> int | None:
-        return max((run.outcome.get(key) or 0 for run in runs), default=0) or None
-
-    reserved = most("reserved_peak_bytes")
-    process = max((run.sampler.process_peak or 0 for run in runs), default=0) or None
-    device = max((run.sampler.device_peak or 0 for run in runs), default=0) or None
-    context = max((run.context or 0 for run in runs), default=0) or None
-    if machine.device == "cpu":
-        counted = ("allocated_peak_bytes", "reserved_peak_bytes", "alloc_retries")
-        for key in (*counted, "nvml_process_peak_bytes", "nvml_device_peak_bytes"):
-            unavailable[f"memory.{key}"] = "the CPU has no allocator statistics; host_peak_bytes is the process's RSS"
-        unavailable["memory.context_bytes"] = "there is no GPU context on the CPU"
-    elif sampler.gpu is not None and process is None:
-        unavailable["memory.nvml_process_peak_bytes"] = (
-            "NVML lists no process with the worker's pid (so in some containers, under MIG and on WSL); "
-            "nvml_device_peak_bytes is the device less its idle baseline"
-        )
-    if process is not None and reserved is not None and process + NVML_SLACK_BYTES < reserved:
-        unavailable["memory.nvml_process_peak_bytes"] = (
-            f"NVML's highest reading, {process}, is below what PyTorch had reserved: the peak fell between two samples"
-        )
-        process = None
-    memory = Memory(
-        weights_bytes=outcome.get("weights_bytes"),
-        allocated_peak_bytes=most("allocated_peak_bytes"),
-        reserved_peak_bytes=reserved,
-        nvml_process_peak_bytes=process,
-        nvml_device_peak_bytes=device,
-        context_bytes=context,
-        host_peak_bytes=most("host_peak_bytes"),
-        alloc_retries=outcome.get("alloc_retries"),
-    )
-    missing = "the worker did not get so far" if outcome["event"] != "done" else "it was not reported"
-    if outcome["event"] == "done" and machine.device != "cpu" and sampler.gpu is None:
-        missing = machine.cannot.get("memory.nvml_process_peak_bytes", "NVML was not sampled")
-    for key, value in memory.model_dump().items():
-        if value is None and key != "estimated_allocated_peak_bytes":
-            unavailable.setdefault(f"memory.{key}", missing)
-    return memory, unavailable
-
-
-def _phases(runs: list[_Run]) -> dict[str, PhaseCost]:
-    """Median seconds over all rounds of all workers, and the highest allocated peak."""
-    rounds = [r for run in runs for r in run.outcome.get("rounds", [])]
-    phases = {}
-    for name in get_args(Phase):
-        peaks = [run.outcome.get("phase_peaks", {}).get(name, 0) for run in runs]
-        if name == "load":
-            times = [run.outcome["load_s"] for run in runs if "load_s" in run.outcome]
-        else:
-            times = [r[name] for r in rounds if name in r]
-        if times or any(peaks):
-            time_s = statistics.median(times) if times else None
-            phases[name] = PhaseCost(time_s=time_s, allocated_peak_bytes=max(peaks) or None)
-    return phases
-
-
-def _time(case: AnyCase, runs: list[_Run]) -> Time:
-    """Rounds of a throttled GPU are discarded, unless no other is left."""
-    workers: list[WorkerTime] = []
-    kept_rounds: list[dict[str, float]] = []
-    discarded = 0
-    for run in runs:
-        rounds = run.outcome["rounds"]
-        states = run.telemetry or [RoundTelemetry()] * len(rounds)
-        kept = [r for r, state in zip(rounds, states, strict=True) if not nvml.ABNORMAL & set(state.throttle)]
-        discarded += len(rounds) - len(kept) if kept else 0
-        kept = kept or rounds
-        kept_rounds += kept
-        seconds = [sum(r.values()) for r in kept]
-        workers.append(WorkerTime(rounds_s=seconds, median_s=statistics.median(seconds)))
-    median = statistics.median(worker.median_s for worker in workers)
-    phase = {name: statistics.median(r.get(name, 0.0) for r in kept_rounds) for name in ("encode", "denoise", "decode")}
-    step = phase["denoise"] / max(1, runs[-1].outcome["denoiser_calls"])
-    native_calls = runs[-1].outcome["native_denoiser_calls"]
-    images = runs[-1].outcome["images"]
-    full_length = None if native_calls is None else phase["encode"] + native_calls * step + phase["decode"]
-    return Time(
-        cold_s=runs[0].outcome["cold_s"],
-        median_s=median,
-        step_s=step or None,
-        images_per_s=None if images is None else images / median,
-        full_length_s=full_length,
-        full_length_steps=None if full_length is None else runs[-1].outcome["native_steps"],
-        denoiser_calls=runs[-1].outcome["denoiser_calls"],
-        workers=workers,
-        rounds_discarded=discarded,
-    )
-
-
-def _disturbed(runs: list[_Run]) -> str | None:
-    others = sorted({pid for run in runs for pid in run.sampler.others})
-    if not others:
-        return None
-    return f"other processes used the GPU meanwhile (pid {', '.join(str(pid) for pid in others)})"
