@@ -99,10 +99,10 @@ def sampling() -> None:
             return getattr(self.gpu, name)
 
         def used_bytes(self) -> int | None:
-            return self.gpu.used_bytes() if self.on else None  # type: ignore[no-any-return]
+            return self.gpu.used_bytes() if self.on else None
 
         def processes(self) -> dict[int, int | None]:
-            return self.gpu.processes() if self.on else {}  # type: ignore[no-any-return]
+            return self.gpu.processes() if self.on else {}
 
         def state(self) -> Any:
             return self.gpu.state() if self.on else OFF

@@ -211,10 +211,9 @@ class CaseWorkers:
                 outcome["second_call_retries"],
             )
         memory_is_why = outcome["status"] == "oom"
-        if (
-            outcome.get("swallowed") and cap is not None and cap < self._room
-        ):  # memory ran out, and another error ended it: see whether
-            if self._swallows is None:  # that one comes with room too
+        if outcome.get("swallowed") and cap is not None and cap < self._room:
+            # memory ran out, and another error ended it: see whether that one comes with room too
+            if self._swallows is None:
                 self.say(f"need: does it fail within {self._room >> 20} MiB too?")
                 self.probes += 1
                 self._swallows = self._worker(self._room, probe=True).done
