@@ -59,12 +59,14 @@ class Allocator:
         self.pools: tuple[Pool, Pool] = ([], [])  # large and small, sorted by size and address
         self.tails: dict[bool, Block] = {}  # the last block of each pool's one expandable segment
         self.top = 0
+        self.idle_segments = 0  # free as a whole
         self.reserved = self.allocated = self.reserved_peak = self.allocated_peak = 0
 
     def empty_cache(self) -> None:
         """Give back the segments that are free as a whole."""
-        if self.expandable:
+        if self.expandable or not self.idle_segments:
             return
+        self.idle_segments = 0
         for pool in self.pools:
             self.reserved -= sum(size for size, _, block in pool if not (block.before or block.after))
             pool[:] = [entry for entry in pool if entry[2].before or entry[2].after]
@@ -119,7 +121,11 @@ class Allocator:
         at = bisect_left(pool, (size,))
         if self.expandable and at + 1 < len(pool) and pool[at][2] is self.tails.get(small):
             at += 1  # the block that can still grow counts as the largest
-        block = pool.pop(at)[2] if at < len(pool) else self._segment(size, small)
+        if at < len(pool):
+            block = pool.pop(at)[2]
+            self.idle_segments -= not (block.before or block.after)
+        else:
+            block = self._segment(size, small)
         rest = block.size - size
         if rest >= ROUNDING if small or self.expandable else rest > SMALL:
             other = Block(block.address + size, rest, small, block, block.after)
@@ -150,6 +156,7 @@ class Allocator:
                 elif self.expandable:
                     self.tails[block.small] = block
         block.free = True
+        self.idle_segments += not (block.before or block.after)
         insort(pool, (block.size, block.address, block))
 
     def try_workspace(self, sizes: Iterable[int]) -> None:
