@@ -51,7 +51,7 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
         with Trace():  # under a trace large tables of positions cost nothing
             components = {name: build_component(part, dtype) for name, part in model.components.items()}
         for module in components.values():
-            _large_buffers_to_meta(module)
+            _to_meta(module)
         with OneDevice(), Trace(capability) as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:
@@ -81,8 +81,15 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
     )
 
 
-def _large_buffers_to_meta(module: torch.nn.Module) -> None:
+def _to_meta(module: torch.nn.Module) -> None:
+    """Weights, of which small ones would be computed with, and large buffers; tied weights stay tied."""
+    made: dict[int, torch.nn.Parameter] = {}
     for submodule in module.modules():
+        for name, weight in submodule._parameters.items():
+            if weight is not None and not weight.is_meta:
+                if id(weight) not in made:
+                    made[id(weight)] = torch.nn.Parameter(as_meta(weight), requires_grad=False)
+                submodule._parameters[name] = made[id(weight)]
         for name, buffer in submodule._buffers.items():
             if buffer is not None and buffer.numel() > KEEP_VALUES:
                 submodule._buffers[name] = as_meta(buffer)
