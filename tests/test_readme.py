@@ -9,7 +9,7 @@ import pytest
 
 from pytest_vram.records.files import read_run
 from pytest_vram.records.schema import Record
-from pytest_vram.report.summary import gib
+from pytest_vram.report.text import gib
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 VramError
 ├── UsageError        bad input: an option, a matrix, a model file, a function, a machine that cannot do it
 ├── RunFileError      a run file or journal that is not what the schema says
+│   └── NotOurs       JSON that is no run file at all
 └── StartError        the fork server or a worker could not be started
 """
 
@@ -27,6 +28,10 @@ class RunFileError(VramError):
     """A run file or journal that cannot be read, or a record that must not be written."""
 
 
+class NotOurs(RunFileError):
+    """A JSON file that is no run file of pytest-vram."""
+
+
 class StartError(VramError):
     """The fork server or a worker could not be started."""
 
@@ -39,12 +44,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"
 
 
-def first_problem(error: "ValidationError", source: str | Path) -> str:
-    """The first problem pydantic found, as `file: key: what is right`."""
+def first_problem(error: "ValidationError", source: str | Path, within: str = "") -> str:
+    """The first problem pydantic found, as `file: key: what is right`; the key is one of the table `within`."""
     problems = error.errors(include_url=False)
     first = problems[0]
     parts = [part for part in first["loc"] if not str(part).startswith("kind:")]  # the tag of a union is no key
-    key = ".".join(str(part) for part in parts) or "(top level)"
+    key = ".".join(str(part) for part in ([within] if within else []) + parts) or "(top level)"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = " ".join(first["msg"].removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":

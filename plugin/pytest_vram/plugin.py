@@ -407,13 +407,13 @@ class Manager:
         self.shown = len(session.finished)
         from time import monotonic
 
-        from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
-        from pytest_vram.report.summary import duration, line
+        from pytest_vram.report.summary import line
+        from pytest_vram.report.text import duration
 
         count = f"{len(session.finished)}/{len(session.expected)}"
         elapsed = duration(monotonic() - session.began)
         last = next(reversed(session.finished.values()))
-        text = f" {count} {line(last, ASSUMED_CONTEXT_BYTES)}"
+        text = f" {count} {line(last)}"
         reporter.write(f"{text} ({elapsed} elapsed, about {duration(session.rest_s())} left)\n")
 
     # The end
@@ -433,14 +433,13 @@ class Manager:
             return
         from time import monotonic
 
-        from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
         from pytest_vram.report.summary import legend, summary, where_time_went
 
         terminalreporter.section("VRAM")
         run = session.journal.run if session.journal else None
-        table = summary(session.records, run.aliases if run else {}, ASSUMED_CONTEXT_BYTES)
+        table = summary(session.records, run.aliases if run else {})
         terminalreporter.write_line(table)
-        terminalreporter.write_line(legend(ASSUMED_CONTEXT_BYTES))
+        terminalreporter.write_line(legend())
         if session.options.device != "meta":
             spent = monotonic() - session.began
             terminalreporter.write_line(where_time_went(session.fresh, spent))

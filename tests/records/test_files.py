@@ -122,7 +122,7 @@ HOSTILE: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "a figure is NaN": (vram(records=[facts(energy_j_per_image=float("nan"))]), "records.0.energy_j_per_image: "),
     "half a character": (vram(records=[facts(id="\ud800")]), "records.0.id: "),
     "a key of two lines": (vram(records=[facts(effects={"a\nb": "perhaps"})]), "records.0.effects."),
-    "no rounds": (vram(records=[facts(time={})]), "records.0: status ok with no rounds"),
+    "no rounds": (vram(records=[facts(time={})]), "sdxl/fp16/1024x1024/b1: status ok with no rounds"),
     "above the card": (vram(environment={"gpu_memory_bytes": MIB}, records=[facts()]), "sdxl/fp16/1024x1024/b1: "),
 }
 

@@ -5,19 +5,10 @@ from typing import Any
 import pytest
 
 from pytest_vram.records.schema import Record
-from pytest_vram.report.summary import (
-    above_limit,
-    deciding_phase,
-    duration,
-    gib,
-    line,
-    seconds,
-    summary,
-    where_time_went,
-)
+from pytest_vram.report.summary import above_limit, deciding_phase, line, summary, where_time_went
+from pytest_vram.report.text import duration, gib, seconds
 from tests.records.test_schema import FAILURE, MIB, facts, own, record
 
-CONTEXT = 768 * MIB
 NOTHING = dict.fromkeys(facts()["memory"])
 ESTIMATE = {**NOTHING, "need_bytes": 12000 * MIB, "estimated_need_bytes": 12000 * MIB, "required_bytes": 12768 * MIB}
 
@@ -33,12 +24,12 @@ RECORDS: dict[str, Record] = {
 
 def row(found: Record, **aliases: list[str]) -> str:
     """The row of one record: the last line of its table."""
-    return summary([found], aliases, CONTEXT).splitlines()[-1]
+    return summary([found], aliases).splitlines()[-1]
 
 
 def first_column(found: Record) -> list[str]:
     """What stands in the column `case`, line by line."""
-    header, _, *lines = summary([found], {}, CONTEXT).splitlines()
+    header, _, *lines = summary([found], {}).splitlines()
     return [text[: header.index("status")].strip() for text in lines]
 
 
@@ -65,13 +56,13 @@ def test_a_measured_row() -> None:
 def test_what_is_not_ok_looks_different(kind: str) -> None:
     status = row(RECORDS[kind]).split()[3]
     assert status == ("estim." if kind == "estimated" else kind)
-    assert line(RECORDS[kind], CONTEXT) != line(OK, CONTEXT)
+    assert line(RECORDS[kind]) != line(OK)
 
 
 def test_an_estimate_is_marked_and_has_the_assumed_context() -> None:
     assert row(RECORDS["estimated"]).split()[4] == "~12.47"
-    assert "~12.47 GiB" in line(RECORDS["estimated"], CONTEXT)
-    assert "~" not in summary([OK], {}, CONTEXT)
+    assert "~12.47 GiB" in line(RECORDS["estimated"])
+    assert "~" not in summary([OK], {})
 
 
 def test_a_measured_row_without_its_need_shows_the_estimate_and_the_measured_context() -> None:
@@ -98,7 +89,7 @@ def test_an_error_shows_no_figure_that_it_has_not() -> None:
     ],
 )
 def test_at_most_100_columns(changes: dict[str, Any]) -> None:
-    lines = summary([OK, record(**changes)], {"sdxl": ["alias" * 30]}, CONTEXT).splitlines()
+    lines = summary([OK, record(**changes)], {"sdxl": ["alias" * 30]}).splitlines()
     assert max(len(text) for text in lines) <= 100
 
 
@@ -128,7 +119,7 @@ def test_what_is_not_exact_is_marked(mean: float, psnr: float | None, lines: lis
 
 def test_a_pipeline_of_ones_own_stands_under_its_file() -> None:
     assert first_column(own()) == ["tests/test_app.py", "test_painter"]
-    assert line(own(), CONTEXT).startswith("tests/test_app.py::test_painter: ok, 12.49 GiB required")
+    assert line(own()).startswith("tests/test_app.py::test_painter: ok, 12.49 GiB required")
 
 
 PEAKS = {"encode": 900 * MIB, "denoise": 11000 * MIB, "decode": 11800 * MIB}
@@ -191,7 +182,7 @@ def test_the_phase_that_ran_out_of_memory_decides_and_else_the_highest_peak() ->
 
 def test_models_are_headings_with_their_aliases() -> None:
     other = record(id="tiny/fp16/8x8/b1", case={"model": "tiny"})
-    lines = summary([OK, other, OK], {"sdxl": ["xl", "sd-food"]}, CONTEXT).splitlines()
+    lines = summary([OK, other, OK], {"sdxl": ["xl", "sd-food"]}).splitlines()
     headings = [text for text in lines[2:] if not text.startswith(" ")]
     assert headings == ["sdxl (xl, sd-food)", "tiny"]
     assert lines.index("tiny") == len(lines) - 2, "the rows of a model stand together"
@@ -212,12 +203,12 @@ def test_brackets_are_text(name: str) -> None:
     ],
 )
 def test_line(changes: dict[str, Any], expected: str) -> None:
-    assert line(record(**changes), CONTEXT) == expected
+    assert line(record(**changes)) == expected
 
 
 def test_unknown_is_an_en_dash_or_not_said() -> None:
     assert (gib(None), seconds(None)) == ("–", "–")
-    assert "required" not in line(record(memory=NOTHING), CONTEXT)
+    assert "required" not in line(record(memory=NOTHING))
 
 
 @pytest.mark.parametrize(("value", "expected"), [(1 << 30, "1.00"), (12786 * MIB, "12.49"), (5 << 20, "0.00")])

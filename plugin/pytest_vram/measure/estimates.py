@@ -16,9 +16,8 @@ from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.forkserver import Starter, Worker
 from pytest_vram.measure.job import job_of
-from pytest_vram.measure.machine import ASSUMED_CONTEXT_BYTES
 from pytest_vram.pipelines.optimizations import impossible
-from pytest_vram.records.schema import Failure, Memory, PhaseCost, Record, Wall
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Failure, Memory, PhaseCost, Record, Wall
 
 ESTIMATE = "pytest_vram.measure.probes:estimate"
 MOST_WORKERS = 16

@@ -14,13 +14,11 @@ from pytest_vram.measure import nvml
 from pytest_vram.measure.channel import Closed
 from pytest_vram.measure.environment import hidden
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, ForkServer, Spawner, Starter
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 
 Device = Literal["meta", "cpu", "cuda"]
 CANARY = "pytest_vram.measure.probes:canary"
 CANARY_TIMEOUT_S = 120.0
-# What a process holds outside PyTorch's allocator, where it is not known: 686 MiB for Stable Diffusion on an H100 with
-# CUDA 13; it differs by card and driver, so a rounder, larger figure stands in for it.
-ASSUMED_CONTEXT_BYTES = 768 << 20
 SETTLE_S = 3.0  # how long the driver may take to free what a finished worker held
 SETTLED_BYTES = 16 << 20
 

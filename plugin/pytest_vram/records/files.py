@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pytest_vram.errors import RunFileError, UsageError, first_problem
-from pytest_vram.records.schema import Record, Run, above_the_card
+from pytest_vram.errors import NotOurs, RunFileError, UsageError, first_problem
+from pytest_vram.records.schema import SCHEMA, Record, Run, above_the_card
 
 MAX_FILE_BYTES = 256 << 20
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
@@ -102,17 +102,19 @@ def write_run(path: Path, run: Run) -> None:
     part.replace(path)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, refused: list[str] | None = None) -> Run:
     """The run of a run file.
+
+    Records that are not what the schema says end the reading; with a list for `refused` they are left out, and said there.
 
     Raises:
         RunFileError: naming the file and the key, for anything that is not what the schema says.
     """
-    return checked(_json(_text(path), path), path)
+    return checked(_json(_text(path), path), path, refused)
 
 
-def read_journal(path: Path) -> Run:
-    """The run of a journal, as far as it came; a last line that was cut off is left out.
+def read_journal(path: Path, refused: list[str] | None = None) -> Run:
+    """The run of a journal, as far as it came; a last line that was cut off is left out. `refused` as in `read_run`.
 
     Raises:
         RunFileError: naming the file and the line.
@@ -126,22 +128,55 @@ def read_journal(path: Path) -> Run:
         if not isinstance(document, dict):
             raise RunFileError(f"{path}: line {number} is no JSON object; it is no journal of pytest-vram")
     records = {str(record.get("id")): record for record in documents[1:]}
-    return checked({"vram": {**documents[0], "records": list(records.values())}}, path)
+    return checked({"vram": {**documents[0], "records": list(records.values())}}, path, refused)
 
 
-def checked(document: Any, source: Path) -> Run:
-    """The run in a document read from `source`, or RunFileError."""
+def checked(document: Any, source: Path, refused: list[str] | None = None) -> Run:
+    """The run in a document read from `source`, or RunFileError. `refused` as in `read_run`."""
     if not isinstance(document, dict) or not isinstance(document.get("vram"), dict):
-        raise RunFileError(f"{source}: has no key 'vram'; it is no run file of pytest-vram")
+        raise NotOurs(f"{source}: has no key 'vram'; it is no run file of pytest-vram")
+    vram = document["vram"]
+    schema = vram.get("schema", SCHEMA)
+    if type(schema) is int and schema > SCHEMA:
+        raise RunFileError(
+            f"{source}: schema: {schema} is newer than this pytest-vram reads ({SCHEMA}); "
+            f"install the version that wrote it (environment: {str(_of(vram, 'environment', 'pytest-vram'))[:40]})"
+        )
+    documents = vram.get("records", [])
     try:
-        run = Run.model_validate(document["vram"])
+        run = Run.model_validate({**vram, "records": []} if isinstance(documents, list) else vram)
     except ValidationError as error:
         raise RunFileError(first_problem(error, source)) from error
-    card = run.environment.get("gpu_memory_bytes")
-    for record in run.records:
-        if isinstance(card, int) and record.method == "measured" and (problem := above_the_card(record, card)):
-            raise RunFileError(f"{source}: {record.id}: {problem}")
+    for number, one in enumerate(documents):
+        try:
+            run.records.append(_record(one, f"records.{number}", run.environment.get("gpu_memory_bytes")))
+        except RunFileError as error:
+            if refused is None:
+                raise RunFileError(f"{source}: {error}") from error
+            refused.append(str(error))
     return run
+
+
+def _record(document: Any, at: str, card_bytes: Any) -> Record:
+    """One record, or RunFileError with the key, or with the record's id where its figures cannot be true."""
+    try:
+        record = Record.model_validate(document)
+    except ValidationError as error:
+        if error.errors()[0]["loc"]:
+            raise RunFileError(first_problem(error, "", at).removeprefix(": ")) from error
+        name = _of(document, "id")
+        named = name[:500] if isinstance(name, str) else at
+        raise RunFileError(first_problem(error, "", named).removeprefix(": ")) from error
+    if type(card_bytes) is int and record.method == "measured" and (problem := above_the_card(record, card_bytes)):
+        raise RunFileError(f"{record.id}: {problem}")
+    return record
+
+
+def _of(document: Any, *keys: str) -> Any:
+    """What stands under these keys of a document whose form is not known, or None."""
+    for key in keys:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
 
 
 def _text(path: Path) -> str:

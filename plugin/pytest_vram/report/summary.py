@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pytest_vram.records.schema import Phase, Record
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Phase, Record
+from pytest_vram.report.text import display_name, gib, seconds
 
 WIDTH = 100
 
 
-def legend(assumed_context: int) -> str:
-    """What the columns of the summary are; `assumed_context` in bytes."""
-    assumed = f"{assumed_context >> 20} MiB"
+def legend() -> str:
+    """What the columns of the summary are."""
+    assumed = f"{ASSUMED_CONTEXT_BYTES >> 20} MiB"
     return f"""\
 GiB, s. required: the free memory a card must have, need + context; ~ is estimated: the simulated
 need, and the context that was measured, or {assumed}. alloc.: peak of tensors. reserv.: peak of
@@ -24,36 +25,13 @@ at need: the same call with no more memory than required. full s: a call of the 
 steps, calculated. img/s: images a second."""
 
 
-def gib(value: int | None) -> str:
-    """Bytes as GiB with two digits; an en dash for what is not known."""
-    return "–" if value is None else f"{value / 2**30:.2f}"
-
-
-def seconds(value: float | None) -> str:
-    """Seconds with three digits that matter."""
-    return "–" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
-
-
-def duration(value: float) -> str:
-    """Minutes and seconds, or hours, minutes and seconds."""
-    minutes, rest = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def display_name(model: str, aliases: Mapping[str, Iterable[str]]) -> str:
-    """A model's name with its aliases behind it."""
-    others = ", ".join(aliases.get(model, ()))
-    return f"{model} ({others})" if others else model
-
-
-def required(record: Record, assumed_context: int) -> str:
+def required(record: Record) -> str:
     """The required memory, or its estimate marked as one."""
     memory = record.memory
     if record.method == "measured" and memory.required_bytes is not None:
         return gib(memory.required_bytes)
     if memory.estimated_need_bytes is not None:
-        return f"~{gib(memory.estimated_need_bytes + (memory.context_bytes or assumed_context))}"
+        return f"~{gib(memory.estimated_need_bytes + (memory.context_bytes or ASSUMED_CONTEXT_BYTES))}"
     return "–"
 
 
@@ -82,7 +60,7 @@ def above_limit(record: Record, limit: int) -> str | None:
     return f"{record.id}: required {gib(memory.required_bytes)} GiB ({parts}); {at_most}{decides}"
 
 
-def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], assumed_context: int) -> str:
+def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]]) -> str:
     """The table, without colours; `~` marks an estimate."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     table.add_column("case", overflow="fold", ratio=1)
@@ -95,14 +73,14 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]], ass
     for model, group in by_model.items():
         table.add_row(escape(display_name(model, aliases)))
         for record in group:
-            table.add_row(*_row(record, assumed_context))
+            table.add_row(*_row(record))
     console = Console(file=StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in str(text).splitlines())
 
 
-def _row(record: Record, assumed_context: int) -> list[str]:
+def _row(record: Record) -> list[str]:
     memory, time = record.memory, record.time
     label = " ".join(record.case.labels)
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
@@ -113,7 +91,7 @@ def _row(record: Record, assumed_context: int) -> list[str]:
     return [
         escape(f" {label}"),
         record.status if record.method == "measured" or record.status != "ok" else "estim.",
-        required(record, assumed_context),
+        required(record),
         gib(memory.allocated_peak_bytes),
         gib(memory.reserved_peak_bytes),
         gib(memory.nvml_process_peak_bytes),
@@ -124,7 +102,7 @@ def _row(record: Record, assumed_context: int) -> list[str]:
     ]
 
 
-def line(record: Record, assumed_context: int) -> str:
+def line(record: Record) -> str:
     """One case in one line, for the progress."""
     said = {
         "ok": "estimated" if record.method == "estimated" else "ok",
@@ -133,7 +111,7 @@ def line(record: Record, assumed_context: int) -> str:
     }.get(record.status, record.status)
     parts = [f"{record.id}: {said}"]
     if record.status == "ok":
-        if (needed := required(record, assumed_context)) != "–":
+        if (needed := required(record)) != "–":
             parts.append(f"{needed} GiB required")
         if record.memory.reserved_peak_bytes:
             parts.append(f"{gib(record.memory.reserved_peak_bytes)} reserved")

@@ -1,0 +1,84 @@
+"""Many run files at once: found in folders, read without trust, in the order in which they were made."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pytest_vram.errors import NotOurs, RunFileError
+from pytest_vram.records.files import TIME_FORMAT, read_journal, read_run
+from pytest_vram.records.schema import Record, Run
+
+
+@dataclass(frozen=True, eq=False)
+class ReadRun:
+    """A run and the file it was read from; `refused` says which records were left out, and why."""
+
+    path: Path
+    run: Run
+    refused: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> list[Record]:
+        return self.run.records
+
+    @property
+    def gpu(self) -> str | None:
+        """The GPU's name, or None where the run had none."""
+        name = self.run.environment.get("gpu")
+        return name if isinstance(name, str) else None
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """What PyTorch saw of the GPU's memory."""
+        value = self.run.environment.get("gpu_memory_bytes")
+        return value if type(value) is int else None
+
+    @property
+    def started(self) -> datetime:
+        """When the run began, UTC; from the file's name where the file does not say, else the beginning of time."""
+        for text, form in ((self.run.environment.get("started"), None), (self.path.name.split("_")[0], TIME_FORMAT)):
+            try:
+                when = datetime.strptime(text, form) if form else datetime.fromisoformat(text)
+                return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+            except (TypeError, ValueError, OverflowError):
+                continue
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[ReadRun], list[str]]:
+    """The runs of files, and of the run files in folders, oldest first; and what a person should know of the reading.
+
+    A record with impossible figures is refused and said, its neighbours are kept. In a folder, JSON that is no run file
+    is passed over and said; a file that was named must be one.
+
+    Raises:
+        RunFileError: naming the file that cannot be read, or the folder that has none.
+    """
+    runs: list[ReadRun] = []
+    notes: list[str] = []
+    for path, named in _files(paths):
+        refused: list[str] = []
+        try:
+            read = read_journal if path.suffix == ".jsonl" else read_run
+            runs.append(ReadRun(path, read(path, refused), tuple(refused)))
+        except NotOurs as error:
+            if named:
+                raise
+            notes.append(f"passed over {error}")
+        notes += [f"{path}: {problem}; this record is left out" for problem in refused]
+    if not runs:
+        where = ", ".join(str(path) for path in paths)
+        raise RunFileError(f"{where}: no run file here; pytest bench --gpu writes one, pytest bench an estimate")
+    return sorted(runs, key=lambda run: (run.started, run.path.name)), notes
+
+
+def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
+    """Each file once, and whether it was named; of a folder its own `*.json` and those of the folders in it."""
+    seen: set[Path] = set()
+    for path in paths:
+        found = sorted((*path.glob("*.json"), *path.glob("*/*.json"))) if path.is_dir() else [path]
+        for file in found:
+            if (key := file.resolve()) not in seen:
+                seen.add(key)
+                yield file, not path.is_dir()

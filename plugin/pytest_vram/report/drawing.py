@@ -1,0 +1,85 @@
+"""How charts look and are saved: legible in print, in grey, and on light and dark pages; the same bytes every time."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, PAPER, FAINT = "#1f2328", "#ffffff", "#8b929a"
+# Middle tones, which stand out from white and from black; hatches, markers and dashes tell them apart in grey.
+COLOURS = ("#3576c4", "#cf7a12", "#2f9667", "#b84f8c", "#7a68c9", "#9a7b1c")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "||||")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.facecolor": PAPER,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.size": 9,
+    "grid.alpha": 0.35,
+    "grid.color": FAINT,
+    "hatch.color": INK,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "pytest-vram",
+    "text.color": INK,
+    "text.parse_math": False,  # a name may hold dollar signs
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's settings for one chart, whatever the user's own are."""
+    import warnings
+
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")  # names come in any script
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def svg(figure: "Figure") -> bytes:
+    """The chart as SVG whose ink and paper follow the reader's light or dark scheme, also inside an `<img>`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    text = buffer.getvalue().decode("utf-8").replace(INK, "currentColor")
+    scheme = (
+        f"<style>svg{{color:{INK};background:{PAPER}}}"
+        f"@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK};background:{DARK_PAPER}}}}}"
+        f"@media print{{svg{{color:#000;background:#fff}}}}</style>"
+    )
+    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + scheme, text, count=1).encode("utf-8")
+
+
+def png(figure: "Figure") -> bytes:
+    """The chart as PNG on white."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def short(text: str, length: int = 42) -> str:
+    """A name in one line, its middle left out where it is long."""
+    line = " ".join(text.split())
+    keep = (length - 1) // 2
+    return line if len(line) <= length else f"{line[:keep]}…{line[-keep:]}"

@@ -1,0 +1,177 @@
+"""From the evidence to files: HARDWARE.md, hardware.html, the charts and the table of all records."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_vram.cases.models import Model
+from pytest_vram.errors import UsageError
+from pytest_vram.records.reading import ReadRun
+from pytest_vram.report.cards import Card
+from pytest_vram.report.document import METHOD, Document, Table
+from pytest_vram.report.explorer import explorer
+from pytest_vram.report.text import code, markdown, printable
+from pytest_vram.report.workloads import gather
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from pytest_vram.report.charts import Chart
+
+HEADS = (
+    ("model", "model", "first"), ("size", "size", ""), ("batch", "batch", "n"), ("set", "optimizations", "set"),
+    ("verdict", "on this card", ""), ("required", "required GiB", "n"), ("saved", "saved", "n"), ("shown", "nvidia-smi GiB", "n"), ("seconds", "s", "n"),
+    ("slowdown", "at need", "n"), ("host", "host GiB", "n"), ("disk", "disk GiB", "n"),
+)  # fmt: skip
+
+
+class Raw(str):
+    """Markdown that is written as it is; everything else that a template prints is escaped."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Run files, cards and models, and the folder that the documents are written to."""
+
+    runs: Sequence[ReadRun]
+    cards: Sequence[Card]
+    models: dict[str, Model]
+    folder: Path
+    command: str = "pytest-vram report"
+
+    def write(self) -> list[Path]:
+        """Write every document, and give their paths.
+
+        Raises:
+            UsageError: where the folder cannot be written.
+        """
+        from pytest_vram.report.charts import Facts, draw
+        from pytest_vram.report.frame import frame
+
+        document = self.document()
+        charts = draw(Facts(document.evidence, document.leads, self.cards))
+        table = frame(self.runs)
+        try:
+            (self.folder / "charts").mkdir(parents=True, exist_ok=True)
+            written = [
+                _write(self.folder / "HARDWARE.md", self.markdown(document, charts).encode()),
+                _write(self.folder / "hardware.html", self.html(document, charts).encode()),
+            ]
+            for chart in charts:
+                written.append(_write(self.folder / "charts" / f"{chart.name}.svg", chart.svg))
+                written.append(_write(self.folder / "charts" / f"{chart.name}.png", chart.png))
+            csv, parquet = self.folder / "records.csv", self.folder / "records.parquet"
+            table.to_csv(csv, index=False)
+            table.to_parquet(parquet, index=False)
+        except OSError as error:
+            raise UsageError(f"-o: {self.folder} cannot be written: {error.strerror or error}") from error
+        return [*written, csv, parquet]
+
+    def document(self) -> Document:
+        """What the documents say."""
+        return Document(gather(self.runs), self.cards, self.models, self.folder)
+
+    def markdown(self, document: Document, charts: "Sequence[Chart]") -> str:
+        """HARDWARE.md."""
+        from jinja2 import Environment, StrictUndefined
+
+        environment = Environment(
+            loader=_loader(),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            finalize=lambda value: value if isinstance(value, Raw) else markdown(str(value)),
+            autoescape=False,  # finalize escapes for Markdown
+        )
+        environment.filters |= {"code": lambda text: Raw(code(text)), "table": table_lines, "comment": _comment}
+        values = self._values(document, charts)
+        requirements = [document.requirements(model) for model in document.leads]
+        return _render(environment, "hardware.md.j2", values | {"requirements": requirements, "matrix": document.matrix()})
+
+    def html(self, document: Document, charts: "Sequence[Chart]") -> str:
+        """hardware.html, which needs no other file."""
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup, escape
+
+        environment = Environment(
+            loader=_loader(), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=True
+        )
+        environment.filters["breakable"] = lambda text: escape(text).replace("+", Markup("+<wbr>"))
+        templates = Path(__file__).parent / "templates"
+        style, script = ((templates / name).read_text(encoding="utf-8") for name in ("hardware.css", "hardware.js"))
+        pictures = [
+            {**vars(chart), "base64": base64.b64encode(chart.svg).decode("ascii")} for chart in charts
+        ]
+        own = {
+            "style": Markup(style),
+            "script": Markup(script),
+            "style_hash": Markup(_hash(style)),
+            "script_hash": Markup(_hash(script)),
+            "charts": pictures,
+            "matrix": document.matrix(document.leads.values()),
+            "explorer": explorer(document),
+            "explorer_heads": HEADS,
+        }
+        return _render(environment, "hardware.html.j2", self._values(document, charts) | own)
+
+    def _values(self, document: Document, charts: "Sequence[Chart]") -> dict[str, Any]:
+        return {
+            "command": self.command,
+            "gpus": document.gpus,
+            "estimates": document.estimates,
+            "answers": document.answers(),
+            "largest": document.largest(),
+            "charts": charts,
+            "checks": document.checks(),
+            "accuracy": document.accuracy(),
+            "failed": document.failed(),
+            "refused": [f"{document.tags[run.path]}: {line}" for run in self.runs for line in run.refused],
+            "method": METHOD,
+            "runs": document.runs(),
+        }
+
+
+def table_lines(table: Table) -> Raw:
+    """A table in Markdown."""
+    lines = [_line(map(markdown, table.columns)), _line("---" for _ in table.columns)]
+    for row in table.rows:
+        parts = ((markdown(cell.text), code(cell.name) if cell.name else "", markdown(cell.remark)) for cell in row)
+        lines.append(_line(" ".join(filter(None, part)) for part in parts))
+    return Raw("\n".join(lines))
+
+
+def _comment(text: str) -> Raw:
+    """What may stand in a comment of HTML."""
+    return Raw(printable(text).replace("-->", "-- >"))
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _loader() -> Any:
+    from jinja2 import FileSystemLoader
+
+    return FileSystemLoader(Path(__file__).parent / "templates")
+
+
+def _render(environment: "Environment", template: str, values: dict[str, Any]) -> str:
+    return environment.get_template(template).render(values)
+
+
+def _hash(text: str) -> str:
+    """The text as a Content-Security-Policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
+
+
+def _write(path: Path, content: bytes) -> Path:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+    return path

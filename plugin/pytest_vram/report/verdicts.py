@@ -1,0 +1,157 @@
+"""Verdicts: does a choice fit on a card, which choice to take there, and which card to buy.
+
+The rule, for a need that was measured on one GPU and a card that is another:
+
+- A program takes its need and a context. On the GPU that was measured the context is known. Elsewhere it counts as the
+  measured one, but as no less than `ASSUMED_CONTEXT_BYTES`: it grows with the number of multiprocessors and with the
+  driver, and the H100 that most is measured on has more of both than what people own.
+- A card gives what PyTorch sees of its memory, less what a desktop holds.
+- Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
+  room that it had when that time was taken). A simulated need must leave another 10 % of itself free: the worst estimate
+  was 8 % below what was measured.
+- Fits tightly: it fits into what the card gives, with less room than that.
+- Not supported: the card's hardware lacks the dtype.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
+from pytest_vram.report.cards import Card
+from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, without_idle_flags
+
+FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
+ESTIMATE_SHARE = 0.10  # of a simulated need
+SLOWDOWN = 1.25
+
+Outcome = Literal["fits", "tight", "no", "unsupported"]
+ORDER: tuple[Outcome, ...] = ("fits", "tight", "no", "unsupported")
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """One choice on one card. `required_bytes` is what the program takes there; None where that is not known."""
+
+    outcome: Outcome
+    choice: Choice
+    card: Card
+    required_bytes: int | None = None
+    reason: str = ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it fits, if only tightly."""
+        return self.outcome in ("fits", "tight")
+
+    @property
+    def estimated(self) -> bool:
+        return self.choice.estimated
+
+    @property
+    def call_s(self) -> float | None:
+        """Seconds of a call on the GPU that was measured, as slow as it is where there is no more room than here."""
+        seconds = self.choice.call_s
+        if seconds is None or self.outcome != "tight":
+            return seconds
+        return seconds * max(1.0, self.choice.slowdown or 1.0)
+
+
+def judge(choice: Choice, card: Card) -> Verdict:
+    """The verdict on one choice and one card, by the rule above."""
+    if lacking := card.lacks(choice.optimizations):
+        return Verdict("unsupported", choice, card, reason=f"no {lacking} in hardware")
+    need, usable = choice.need_bytes, card.usable_bytes
+    if need is None:
+        return Verdict("no", choice, card, reason="it ran out of memory where it was measured, and its need is not known")
+    measured_context = choice.record.memory.context_bytes
+    same = not choice.estimated and card.is_gpu(choice.run.gpu, choice.run.gpu_memory_bytes)
+    context = measured_context if same and measured_context else max(measured_context or 0, ASSUMED_CONTEXT_BYTES)
+    required = max(need + context, choice.at_least_bytes)
+    if required > usable:
+        return Verdict("no", choice, card, required)
+    room = usable - required
+    if room < FREE_SHARE * usable:
+        return Verdict("tight", choice, card, required, f"under {FREE_SHARE * 100:.0f} % free")
+    if choice.estimated:
+        short = room < FREE_SHARE * usable + ESTIMATE_SHARE * need
+        return Verdict("tight" if short else "fits", choice, card, required, "within the estimate's error" if short else "")
+    slow = choice.slowdown
+    if slow is not None and slow > SLOWDOWN and usable < (choice.record.memory.reserved_peak_bytes or 0) + context:
+        return Verdict("tight", choice, card, required, f"up to {slow:.1f} times slower without more room")
+    return Verdict("fits", choice, card, required)
+
+
+def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
+    """The choice to take for a workload on a card, with its verdict.
+
+    What was measured comes before what was estimated, what fits before what fits tightly, and then the fastest wins. Of
+    those no slower than 1.25 × the fastest the one with fewest flags is taken, then the one that requires least. A set with a
+    flag that was seen to change nothing stands back for the set without it.
+    """
+    sources = (_on_its_gpu(workload, card, evidence) or evidence.measured(workload), evidence.estimated(workload))
+    judged = [[judge(choice, card) for choice in without_idle_flags(choices)] for choices in sources]
+    for verdicts in judged:
+        for outcome in ("fits", "tight"):
+            if found := [verdict for verdict in verdicts if verdict.outcome == outcome]:
+                return _fastest(found)
+    all_of_them = [verdict for verdicts in judged for verdict in verdicts]
+    too_large = [verdict for verdict in all_of_them if verdict.outcome == "no"]
+    return min(too_large or all_of_them, key=lambda verdict: (verdict.estimated, verdict.required_bytes or 1 << 62))
+
+
+def _on_its_gpu(workload: Workload, card: Card, evidence: Evidence) -> list[Choice]:
+    """What was measured on this very card."""
+    for sets in evidence.choices[workload].values():
+        choices = list(sets.values())
+        if card.is_gpu(choices[0].run.gpu, choices[0].run.gpu_memory_bytes):
+            return choices
+    return []
+
+
+def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
+    def seconds(verdict: Verdict) -> float:
+        return verdict.call_s or float("inf")
+
+    limit = SAME_TIME * min(map(seconds, verdicts))
+    close = [verdict for verdict in verdicts if seconds(verdict) <= limit]
+    return min(close, key=lambda verdict: (len(verdict.choice.flags), verdict.required_bytes or 0, seconds(verdict)))
+
+
+def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
+    """The verdict on the smallest card that runs the workload at all, or None where none does."""
+    return _smallest(cards, lambda card: best(workload, card, evidence), lambda verdict: verdict.runs)
+
+
+def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
+    """The verdict on the smallest card that runs the workload comfortably: it fits, and at full speed.
+
+    Full speed is at most 1.25 × the time of the fastest choice that any card runs. Of an estimate there is no time: there
+    it is a choice with no flag that offloads.
+    """
+
+    def comfortable(verdict: Verdict) -> bool:
+        if verdict.outcome != "fits":
+            return False
+        if verdict.call_s is None or fastest is None:
+            return not verdict.choice.offloads
+        return verdict.call_s <= SLOWDOWN * fastest
+
+    times = [c.call_s for c in without_idle_flags(evidence.measured(workload)) if c.call_s is not None]
+    fastest = min(times, default=None)
+    return _smallest(cards, lambda card: best(workload, card, evidence), comfortable)
+
+
+def _smallest(
+    cards: Sequence[Card], verdict_on: Callable[[Card], Verdict], wanted: Callable[[Verdict], bool]
+) -> Verdict | None:
+    """The first wanted verdict, by memory on the box and then by how well known the card is."""
+    by_size = sorted(cards, key=lambda card: (card.memory_gib, not card.headline, card.usable_bytes, card.name))
+    verdicts = (verdict_on(card) for card in by_size if not card.memory_only and card.kind != "unified")
+    return next(filter(wanted, verdicts), None)
+
+
+def largest(workloads: Iterable[Workload], card: Card, evidence: Evidence) -> Verdict | None:
+    """The verdict on the last of these workloads, which come in rising order, that runs on the card."""
+    verdicts = [best(workload, card, evidence) for workload in workloads]
+    return next((verdict for verdict in reversed(verdicts) if verdict.runs), None)
