@@ -88,7 +88,8 @@ def _limit_label(limit_bytes: int | None) -> tuple[str, ...]:
     if not limit_bytes:
         return ()
     gib = limit_bytes / 2**30
-    return (f"{gib:g}GiB" if round(gib, 2) == gib else f"{limit_bytes / 2**20:g}MiB",)
+    whole = abs(round(gib, 2) - gib) * 2**10 < 0.01  # what was written as 22.49GiB is no whole number of bytes
+    return (f"{round(gib, 2):g}GiB" if whole else f"{limit_bytes / 2**20:g}MiB",)
 
 
 def parse_bytes(text: str, option: str) -> int:
