@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -11,7 +11,11 @@ from rich.table import Table
 
 from pytest_vram.errors import VramError
 
+if TYPE_CHECKING:
+    from pytest_vram.report.render import Report
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What diffusion models cost on a GPU.")
+CARDS_HELP = "A file of your own cards, in the form of the packaged cards.toml."
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -97,6 +101,108 @@ def optimizations(as_json: Json = False) -> None:
         typer.echo(json.dumps(rows, indent=1))
     else:
         _show(["name", "what it does", "excludes"], [[r["name"], r["summary"], ", ".join(r["excludes"])] for r in rows])
+
+
+@app.command()
+def cards(
+    more: Annotated[list[Path] | None, typer.Option("--cards", metavar="FILE", help=CARDS_HELP)] = None,
+    as_json: Json = False,
+) -> None:
+    """The GPUs that verdicts are given for, least memory first. GiB, GB/s, TFLOP/s (dense)."""
+    from pytest_vram.report.cards import read_cards
+    from pytest_vram.report.text import gib, printable
+
+    found = read_cards(*(more or []))
+    if as_json:
+        typer.echo(json.dumps([card.model_dump() | {"usable_bytes": card.usable_bytes} for card in found], indent=1))
+        return
+
+    def figure(value: float | None) -> str:
+        return "–" if value is None else f"{value:g}"
+
+    columns = ["card", "kind", "box", "seen", "usable", "GB/s", "fp16", "bf16", "fp8", "capability"]
+    rows = [
+        [
+            printable(card.name),
+            card.kind + (", memory only" if card.memory_only else ""),
+            *(f"{gib:g}" for gib in (card.memory_gib, card.visible_gib)),
+            gib(card.usable_bytes),
+            *map(figure, (card.bandwidth_gb_s, card.fp16_tflops, card.bf16_tflops, card.fp8_tflops)),
+            card.compute_capability or "–",
+        ]
+        for card in found
+    ]
+    _show(columns, rows)
+    typer.echo("seen: by PyTorch. usable: seen, less what a desktop holds. memory only: no CUDA, speed not judged.")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run files, or folders of them.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", metavar="DIR", help="Where the documents go.")] = Path("results"),
+    model: Annotated[str | None, typer.Option(help="The short answer for this model; nothing is written.")] = None,
+    card: Annotated[str | None, typer.Option(help="The short answer for this card; nothing is written.")] = None,
+    more: Annotated[list[Path] | None, typer.Option("--cards", metavar="FILE", help=CARDS_HELP)] = None,
+) -> None:
+    """Write the hardware-requirements document from run files: HARDWARE.md, hardware.html, charts, CSV and Parquet.
+
+    With --model or --card it prints the short answer instead.
+    """
+    from pytest_vram.report.answer import answer, find_model
+    from pytest_vram.report.cards import find_card
+    from pytest_vram.report.checking import MadeFrom
+    from pytest_vram.report.document import seen_from
+
+    paths, own = runs or [Path("results")], more or []
+    if model is None and card is None:
+        made = MadeFrom(seen_from(out, paths), seen_from(out, own))
+        for path in _report(paths, own, out, made.header()).write():
+            typer.echo(path)
+        return
+    made_report = _report(paths, own, out)
+    document = made_report.document()
+    found = find_model(model, document) if model is not None else None
+    typer.echo(answer(document, found, find_card(card, made_report.cards) if card is not None else None))
+
+
+@app.command()
+def check(
+    document: Annotated[Path, typer.Argument(help="A HARDWARE.md that `pytest-vram report` wrote.")],
+    most: Annotated[int, typer.Option("--most", min=1, help="Name no more than this many.")] = 20,
+) -> None:
+    """Exit 1, and name the cells, where a document disagrees with the runs that it was made from."""
+    from pytest_vram.report.checking import differences, made_from, read_document
+    from pytest_vram.report.text import printable
+
+    text = read_document(document)
+    made = made_from(text, document)
+    runs, own = ([document.parent / name for name in names] for names in (made.runs, made.cards))
+    report = _report(runs, own, document.parent, made.header())
+    fresh = report.document()
+    found = list(differences(text, report.markdown(fresh, ()), report.tables(fresh)))
+    for line in found[:most]:
+        typer.echo(printable(line))
+    if found:
+        rest = f", {len(found) - most} of them not shown" if len(found) > most else ""
+        typer.echo(f"{document}: {len(found)} places disagree with the runs{rest}; `pytest-vram report` makes it again")
+        raise typer.Exit(1)
+    typer.echo(f"{document}: agrees with {len(report.runs)} runs")
+
+
+def _report(runs: list[Path], cards: list[Path], folder: Path, header: str = "") -> "Report":
+    """What the runs say; notes of the reading go to standard error."""
+    from pytest_vram.cases.models import read_models
+    from pytest_vram.records.reading import read_runs
+    from pytest_vram.report.cards import read_cards
+    from pytest_vram.report.render import Report
+    from pytest_vram.report.text import printable
+
+    found, notes = read_runs(runs)
+    for note in notes:
+        typer.echo(printable(note), err=True)
+    return Report(found, read_cards(*cards), read_models(), folder, header)
 
 
 def main() -> None:

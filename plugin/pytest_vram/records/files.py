@@ -105,7 +105,8 @@ def write_run(path: Path, run: Run) -> None:
 def read_run(path: Path, refused: list[str] | None = None) -> Run:
     """The run of a run file.
 
-    Records that are not what the schema says end the reading; with a list for `refused` they are left out, and said there.
+    A record that is not what the schema says ends the reading; with a list for `refused` it is left out and said
+    there.
 
     Raises:
         RunFileError: naming the file and the key, for anything that is not what the schema says.

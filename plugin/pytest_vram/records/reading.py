@@ -1,5 +1,6 @@
 """Many run files at once: found in folders, read without trust, in the order in which they were made."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,12 +38,11 @@ class ReadRun:
     @property
     def started(self) -> datetime:
         """When the run began, UTC; from the file's name where the file does not say, else the beginning of time."""
-        for text, form in ((self.run.environment.get("started"), None), (self.path.name.split("_")[0], TIME_FORMAT)):
-            try:
-                when = datetime.strptime(text, form) if form else datetime.fromisoformat(text)
-                return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
-            except (TypeError, ValueError, OverflowError):
-                continue
+        with contextlib.suppress(ValueError, OverflowError):
+            when = datetime.fromisoformat(str(self.run.environment.get("started")))
+            return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(self.path.name.split("_")[0], TIME_FORMAT).replace(tzinfo=UTC)
         return datetime.min.replace(tzinfo=UTC)
 
 

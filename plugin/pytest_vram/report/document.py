@@ -13,7 +13,7 @@ from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.text import display_name, gib, seconds, signed
-from pytest_vram.report.verdicts import ESTIMATE_SHARE, Verdict, best, largest, minimum, recommended
+from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, Verdict, best, largest, minimum, recommended
 from pytest_vram.report.workloads import Choice, Evidence, Workload, baseline, frontier, lead
 
 NOTHING = "–"
@@ -22,7 +22,7 @@ WORDS = {"fits": "fits", "tight": "tight", "no": "no", "unsupported": NOTHING}
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: `text`, then `name` set in code, then `remark`; `kind` is for its looks, `note` for who asks further."""
+    """One cell: `text`, then `name` in code, then `remark`; `kind` is for its looks, `note` for who asks further."""
 
     text: str
     kind: str = ""
@@ -42,21 +42,23 @@ class Table:
     note: str = ""
 
 
-METHOD = (
-    ("Case", "one model, set of optimizations, resolution and batch size. Each ran in fresh processes."),
-    ("Peak", "what nvidia-smi shows. It grows because the card has room: PyTorch keeps what was freed, and cuDNN takes large "
-     "workspaces."),
-    ("Need", "the smallest cap on PyTorch's allocator under which a fresh process loads the pipeline and completes two calls."),
-    ("Context", "what a process holds outside that allocator: the CUDA context, kernels, libraries."),
-    ("Required", "need + context. A card fits where it gives that much: what PyTorch sees of it, less what a desktop holds."),
-    ("Other cards", "the context counts as it was measured, but as no less than "
-     f"{ASSUMED_CONTEXT_BYTES >> 20} MiB; 5 % of what the card gives must stay free, or the fit is a tight one."),
-    ("Estimated", f"the need as simulated with no GPU. It fits where another {ESTIMATE_SHARE * 100:.0f} % of it stay free."),
-    ("Radeon, Arc", "without CUDA only the memory is judged."),
-    ("Weights", "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training."),
-    ("Host, disk", "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in the dtype "
-     "they run in, without what else a repository holds."),
-)  # fmt: skip
+METHOD = {
+    "Case": "one model, set of optimizations, resolution and batch size. Each ran in fresh processes.",
+    "Peak": "what nvidia-smi shows. It grows because the card has room: PyTorch keeps what was freed, and cuDNN takes "
+    "large workspaces.",
+    "Need": "the smallest cap on PyTorch's allocator under which a fresh process loads the pipeline and completes two "
+    "calls.",
+    "Context": "what a process holds outside that allocator: the CUDA context, kernels, libraries.",
+    "Required": "need + context. A card fits where it gives that much: what PyTorch sees of it, less what a desktop "
+    "holds.",
+    "Other cards": "the context counts as it was measured, but as no less than "
+    f"{ASSUMED_CONTEXT_BYTES >> 20} MiB; {FREE_SHARE * 100:.0f} % of what the card gives must stay free.",
+    "Estimated": f"the need as simulated with no GPU; another {ESTIMATE_SHARE * 100:.0f} % of it must stay free.",
+    "Radeon, Arc": "without CUDA only the memory is judged.",
+    "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
+    "Host, disk": "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in "
+    "the dtype they run in, without what else a repository holds.",
+}
 
 
 class Document:
@@ -176,7 +178,12 @@ class Document:
         name = verdict.choice.name if verdict.runs else ""
         note = f"{verdict.choice.name}: required {gib(verdict.required_bytes)} GiB" if verdict.required_bytes else ""
         note += f"; {verdict.reason}" if verdict.reason else ""
-        return Cell(text, verdict.outcome + (" estimated" if verdict.estimated else ""), f"{note} [{self.tag(verdict.choice)}]", name)
+        return Cell(
+            text,
+            verdict.outcome + (" estimated" if verdict.estimated else ""),
+            f"{note} [{self.tag(verdict.choice)}]",
+            name,
+        )
 
     def requirements(self, model: str) -> Table:
         """What each set costs and buys, for each workload of a model."""
@@ -191,6 +198,10 @@ class Document:
             "frontier", "host GiB", "disk GiB", "run",
         )  # fmt: skip
         return Table(display_name(model, self.evidence.aliases), columns, rows, 3)
+
+    def all_requirements(self) -> list[Table]:
+        """That of every model."""
+        return [self.requirements(model) for model in self.leads]
 
     def _requirement(self, choice: Choice, plain: Choice, on_the_edge: bool) -> list[Cell]:
         memory = choice.record.memory
@@ -228,7 +239,8 @@ class Document:
             at_batch = [w for w in own if (w.batch_size, w.frames) == (first.batch_size, first.frames)]
             if len(at_size) < 2 and len(at_batch) < 2:
                 continue
-            cells, used = [], {}
+            cells: list[Cell] = []
+            used: dict[str, None] = {}
             for card in self.headline:
                 batch, size = (largest(w, card, self.evidence) for w in (at_size, at_batch))
                 used |= {self.tag(v.choice): None for v in (batch, size) if v}
@@ -292,7 +304,8 @@ class Document:
 
     def accuracy(self) -> dict[str, Any] | None:
         """How far the simulated needs are from the searched ones."""
-        errors, used = [], {}
+        errors: list[float] = []
+        used: dict[str, None] = {}
         for sets in (sets for by_gpu in self.evidence.choices.values() for sets in by_gpu.values()):
             for choice in sets.values():
                 memory = choice.record.memory
@@ -325,6 +338,6 @@ def relative(path: Path, base: Path) -> str:
         return path.name
 
 
-def sources(paths: Iterable[Path], base: Path) -> list[str]:
+def seen_from(base: Path, paths: Iterable[Path]) -> list[str]:
     """The paths as seen from `base`, for whoever makes the document again."""
     return [Path(os.path.relpath(path.resolve(), base.resolve())).as_posix() for path in paths]

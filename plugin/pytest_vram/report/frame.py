@@ -116,9 +116,7 @@ def frame(runs: Sequence[ReadRun]) -> "pd.DataFrame":
     for run in runs:
         described = _described(run)
         rows += [{**described, **_row(record)} for record in run.records]
-    columns = {
-        name: _series([row.get(name) for row in rows], dtype, pd.Series) for name, (dtype, _) in COLUMNS.items()
-    }
+    columns = {name: _series([row.get(name) for row in rows], dtype, pd.Series) for name, (dtype, _) in COLUMNS.items()}
     return pd.DataFrame(columns)
 
 

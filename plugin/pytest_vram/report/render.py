@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,20 @@ if TYPE_CHECKING:
 
     from pytest_vram.report.charts import Chart
 
-HEADS = (
-    ("model", "model", "first"), ("size", "size", ""), ("batch", "batch", "n"), ("set", "optimizations", "set"),
-    ("verdict", "on this card", ""), ("required", "required GiB", "n"), ("saved", "saved", "n"), ("shown", "nvidia-smi GiB", "n"), ("seconds", "s", "n"),
-    ("slowdown", "at need", "n"), ("host", "host GiB", "n"), ("disk", "disk GiB", "n"),
-)  # fmt: skip
+HEADS = (  # of the explorer's columns: key, heading, class
+    ("model", "model", "first"),
+    ("size", "size", ""),
+    ("batch", "batch", "n"),
+    ("set", "optimizations", "set"),
+    ("verdict", "on this card", ""),
+    ("required", "required GiB", "n"),
+    ("saved", "saved", "n"),
+    ("shown", "nvidia-smi GiB", "n"),
+    ("seconds", "s", "n"),
+    ("slowdown", "at need", "n"),
+    ("host", "host GiB", "n"),
+    ("disk", "disk GiB", "n"),
+)
 
 
 class Raw(str):
@@ -42,7 +51,7 @@ class Report:
     cards: Sequence[Card]
     models: dict[str, Model]
     folder: Path
-    command: str = "pytest-vram report"
+    header: str = "pytest-vram report"
 
     def write(self) -> list[Path]:
         """Write every document, and give their paths.
@@ -89,10 +98,20 @@ class Report:
             finalize=lambda value: value if isinstance(value, Raw) else markdown(str(value)),
             autoescape=False,  # finalize escapes for Markdown
         )
-        environment.filters |= {"code": lambda text: Raw(code(text)), "table": table_lines, "comment": _comment}
-        values = self._values(document, charts)
-        requirements = [document.requirements(model) for model in document.leads]
-        return _render(environment, "hardware.md.j2", values | {"requirements": requirements, "matrix": document.matrix()})
+        filters: dict[str, Callable[..., Raw]] = {
+            "code": lambda text: Raw(code(text)),
+            "table": table_lines,
+            "comment": _comment,
+        }
+        environment.filters |= filters
+        own = {"requirements": document.all_requirements(), "matrix": document.matrix()}
+        return _render(environment, "hardware.md.j2", self._values(document, charts) | own)
+
+    def tables(self, document: Document) -> dict[str, Table]:
+        """The tables of HARDWARE.md by their headings, as far as they can have rows."""
+        whole = (document.runs(), document.matrix(), document.largest(), document.checks(), document.failed())
+        found = {f"## {markdown(table.title)}": table for table in whole}
+        return found | {f"### {markdown(table.title)}": table for table in document.all_requirements()}
 
     def html(self, document: Document, charts: "Sequence[Chart]") -> str:
         """hardware.html, which needs no other file."""
@@ -105,9 +124,7 @@ class Report:
         environment.filters["breakable"] = lambda text: escape(text).replace("+", Markup("+<wbr>"))
         templates = Path(__file__).parent / "templates"
         style, script = ((templates / name).read_text(encoding="utf-8") for name in ("hardware.css", "hardware.js"))
-        pictures = [
-            {**vars(chart), "base64": base64.b64encode(chart.svg).decode("ascii")} for chart in charts
-        ]
+        pictures = [{**vars(chart), "base64": base64.b64encode(chart.svg).decode("ascii")} for chart in charts]
         own = {
             "style": Markup(style),
             "script": Markup(script),
@@ -122,7 +139,7 @@ class Report:
 
     def _values(self, document: Document, charts: "Sequence[Chart]") -> dict[str, Any]:
         return {
-            "command": self.command,
+            "header": self.header,
             "gpus": document.gpus,
             "estimates": document.estimates,
             "answers": document.answers(),

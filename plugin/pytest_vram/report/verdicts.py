@@ -7,8 +7,8 @@ The rule, for a need that was measured on one GPU and a card that is another:
   driver, and the H100 that most is measured on has more of both than what people own.
 - A card gives what PyTorch sees of its memory, less what a desktop holds.
 - Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
-  room that it had when that time was taken). A simulated need must leave another 10 % of itself free: the worst estimate
-  was 8 % below what was measured.
+  room that there was when that time was taken). A simulated need must leave another 10 % of itself free: the worst
+  estimate was 8 % below what was measured.
 - Fits tightly: it fits into what the card gives, with less room than that.
 - Not supported: the card's hardware lacks the dtype.
 """
@@ -63,7 +63,7 @@ def judge(choice: Choice, card: Card) -> Verdict:
         return Verdict("unsupported", choice, card, reason=f"no {lacking} in hardware")
     need, usable = choice.need_bytes, card.usable_bytes
     if need is None:
-        return Verdict("no", choice, card, reason="it ran out of memory where it was measured, and its need is not known")
+        return Verdict("no", choice, card, reason="out of memory where it was measured; its need is not known")
     measured_context = choice.record.memory.context_bytes
     same = not choice.estimated and card.is_gpu(choice.run.gpu, choice.run.gpu_memory_bytes)
     context = measured_context if same and measured_context else max(measured_context or 0, ASSUMED_CONTEXT_BYTES)
@@ -75,7 +75,8 @@ def judge(choice: Choice, card: Card) -> Verdict:
         return Verdict("tight", choice, card, required, f"under {FREE_SHARE * 100:.0f} % free")
     if choice.estimated:
         short = room < FREE_SHARE * usable + ESTIMATE_SHARE * need
-        return Verdict("tight" if short else "fits", choice, card, required, "within the estimate's error" if short else "")
+        outcome: Outcome = "tight" if short else "fits"
+        return Verdict(outcome, choice, card, required, "within the estimate's error" if short else "")
     slow = choice.slowdown
     if slow is not None and slow > SLOWDOWN and usable < (choice.record.memory.reserved_peak_bytes or 0) + context:
         return Verdict("tight", choice, card, required, f"up to {slow:.1f} times slower without more room")
@@ -85,9 +86,9 @@ def judge(choice: Choice, card: Card) -> Verdict:
 def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
     """The choice to take for a workload on a card, with its verdict.
 
-    What was measured comes before what was estimated, what fits before what fits tightly, and then the fastest wins. Of
-    those no slower than 1.25 × the fastest the one with fewest flags is taken, then the one that requires least. A set with a
-    flag that was seen to change nothing stands back for the set without it.
+    What was measured comes before what was estimated, what fits before what fits tightly, and then the fastest wins.
+    Of those no slower than 1.25 × the fastest the one with fewest flags is taken, then the one that requires least. A
+    set with a flag that was seen to change nothing stands back for the set without it.
     """
     sources = (_on_its_gpu(workload, card, evidence) or evidence.measured(workload), evidence.estimated(workload))
     judged = [[judge(choice, card) for choice in without_idle_flags(choices)] for choices in sources]
@@ -126,8 +127,8 @@ def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Ve
 def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
     """The verdict on the smallest card that runs the workload comfortably: it fits, and at full speed.
 
-    Full speed is at most 1.25 × the time of the fastest choice that any card runs. Of an estimate there is no time: there
-    it is a choice with no flag that offloads.
+    Full speed is at most 1.25 × the time of the fastest choice that any card runs. Of an estimate there is no time:
+    there it is a choice with no flag that offloads.
     """
 
     def comfortable(verdict: Verdict) -> bool:

@@ -73,7 +73,7 @@ class Choice:
 
     @property
     def required_bytes(self) -> int | None:
-        """What it requires on the GPU where it was measured; of an estimate with the context measured there, or assumed."""
+        """What it requires on the GPU where it was measured; estimates take the context measured there, or assumed."""
         memory = self.record.memory
         if not self.estimated:
             return memory.required_bytes
@@ -86,7 +86,7 @@ class Choice:
 
     @property
     def call_s(self) -> float | None:
-        """Seconds of one call with the model's native number of steps, with room; of the call as it is for one's own."""
+        """Seconds of one call with the model's native number of steps, with room; of one's own pipeline as it is."""
         time = self.record.time
         return time.full_length_s or time.median_s
 
