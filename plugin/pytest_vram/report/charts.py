@@ -64,7 +64,10 @@ def models_on_cards(facts: Facts) -> "Figure | None":
         for column, card in enumerate(cards):
             verdict = best(workload, card, facts.evidence)
             fill, ink = FILLS[verdict.outcome], FILL_INKS[verdict.outcome]
-            axes.add_patch(Rectangle((column - 0.5, place - 0.5), 1, 1, facecolor=fill, edgecolor=PAPER, linewidth=1.5))
+            axes.add_patch(Rectangle((column - 0.48, place - 0.47), 0.96, 0.94, facecolor=fill))
+            if verdict.estimated and verdict.runs:
+                frame = Rectangle((column - 0.44, place - 0.41), 0.88, 0.82, fill=False, edgecolor=ink, linestyle="--")
+                axes.add_patch(frame)
             flags = [short(name.replace("_", " "), 20) for name in verdict.choice.flags] if verdict.runs else []
             flags = [*flags[:2], f"and {len(flags) - 2} more"] if len(flags) > 3 else flags
             word = ("~" if verdict.estimated else "") + WORDS[verdict.outcome]
@@ -399,7 +402,7 @@ def _frontier_panel(axes: "Axes", choices: Sequence[Choice]) -> None:
         right = _gib(choice) > 0.55 * largest
         x = _gib(choice) + (-0.015 if right else 0.015) * largest
         name = _beside(choice, plain) or choice.name
-        axes.text(x, y, short(name, 36), fontsize=6.5, va="center", ha="right" if right else "left")
+        axes.text(x, y, short(name, 46), fontsize=6.5, va="center", ha="right" if right else "left")
         last = y
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 

@@ -18,6 +18,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.labelcolor": INK,
