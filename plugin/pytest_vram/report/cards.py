@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,7 @@ class Card(BaseModel):
     desktop_reserve_gib: float = Field(default=0.0, ge=0, le=16)
     headline: bool = False
 
-    @property
+    @cached_property
     def usable_bytes(self) -> int:
         """What a program may take: what PyTorch sees, less what the desktop holds."""
         return int((self.visible_gib - self.desktop_reserve_gib) * GIB)
@@ -48,7 +49,7 @@ class Card(BaseModel):
         """Whether memory alone is judged: needs are measured with CUDA, which this card does not run."""
         return self.vendor != "nvidia"
 
-    @property
+    @cached_property
     def capability(self) -> tuple[int, int] | None:
         """The compute capability as numbers."""
         if self.compute_capability is None:

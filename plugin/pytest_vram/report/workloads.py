@@ -46,7 +46,7 @@ class Choice:
     record: Record
     run: ReadRun
 
-    @property
+    @cached_property
     def optimizations(self) -> tuple[str, ...]:
         return self.record.case.optimizations
 
@@ -55,12 +55,12 @@ class Choice:
         """The set as people write it; empty for a pipeline of one's own."""
         return "+".join(self.optimizations)
 
-    @property
+    @cached_property
     def flags(self) -> tuple[str, ...]:
         """The optimizations beside the dtype."""
         return tuple(name for name in self.optimizations if name not in DTYPES)
 
-    @property
+    @cached_property
     def estimated(self) -> bool:
         """Whether the need was simulated and not searched."""
         return self.record.method == "estimated" or self.record.memory.required_bytes is None
@@ -71,7 +71,7 @@ class Choice:
         memory = self.record.memory
         return memory.estimated_need_bytes if self.estimated else memory.need_bytes
 
-    @property
+    @cached_property
     def required_bytes(self) -> int | None:
         """What it requires on the GPU where it was measured; estimates take the context measured there, or assumed."""
         memory = self.record.memory
@@ -84,13 +84,13 @@ class Choice:
         """What the GPU had when the case ran out of memory on it, else 0."""
         return (self.run.gpu_memory_bytes or 0) if self.record.status == "oom" else 0
 
-    @property
+    @cached_property
     def call_s(self) -> float | None:
         """Seconds of one call with the model's native number of steps, with room; of one's own pipeline as it is."""
         time = self.record.time
         return time.full_length_s or time.median_s
 
-    @property
+    @cached_property
     def slowdown(self) -> float | None:
         """The time of a call with no more memory than required, over its time with room."""
         time = self.record.time
@@ -116,7 +116,7 @@ class Choice:
         """The weights on disk, saved in the dtype they run in."""
         return self.record.memory.weights_bytes
 
-    @property
+    @cached_property
     def no_effect(self) -> tuple[str, ...]:
         """The flags that were seen to change nothing."""
         return tuple(name for name, effect in self.record.effects.items() if effect == "no_effect")
@@ -230,6 +230,8 @@ def baseline(choices: Sequence[Choice]) -> Choice:
 
 def without_idle_flags(choices: Sequence[Choice]) -> list[Choice]:
     """The choices less those with a flag that was seen to change nothing, where the set without it is there too."""
+    if not any(choice.no_effect for choice in choices):
+        return list(choices)
     sets = {choice.optimizations for choice in choices}
 
     def idle(choice: Choice) -> bool:
