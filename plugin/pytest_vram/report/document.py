@@ -17,6 +17,7 @@ from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, Verdict, bes
 from pytest_vram.report.workloads import Choice, Evidence, Workload, baseline, frontier, lead
 
 NOTHING = "–"
+LIKE_BYTES = 12 << 20  # cards whose usable memory is written with the same two digits
 WORDS = {"fits": "fits", "tight": "tight", "no": "no", "unsupported": NOTHING}
 
 
@@ -272,25 +273,32 @@ class Document:
             limit = check.record.case.limit_bytes or 0
             known = self.evidence.choices.get(check.workload, {}).get(check.run.gpu, {}).get(check.optimizations)
             needed = known.required_bytes if known else None
-            expected = NOTHING if needed is None else "fits" if needed <= limit else "does not fit"
-            found = "fits" if check.record.status == "ok" else "does not fit"
+            expected = NOTHING if needed is None else "completes" if needed <= limit else "out of memory"
+            found = "completes" if check.record.status == "ok" else "out of memory"
             agree = NOTHING if needed is None else "yes" if expected == found else "NO"
+            free = NOTHING if needed is None else signed(100 * (limit - needed) / limit, 1)
             rows.append(
                 [
                     *self._keys(check.workload),
                     Cell("", name=check.name),
                     Cell(gib(limit)),
-                    Cell(", ".join(c.name for c in self.cards if abs(c.usable_bytes - limit) < 12 << 20) or NOTHING),
+                    Cell(" or ".join(self._cards_with(limit)[:2]) or NOTHING),
                     Cell(gib(needed)),
+                    Cell(free),
                     Cell(expected),
                     Cell(found),
                     Cell(agree),
                     Cell(" ".join(dict.fromkeys([self.tag(check), *([self.tag(known)] if known else [])]))),
                 ]
             )
-        columns = ("model", "size", "batch", "optimizations", "limit GiB", "as on", "required GiB", "expected", "found",
-                   "agree", "runs")  # fmt: skip
+        columns = ("model", "size", "batch", "optimizations", "limit GiB", "as on", "required GiB", "free %",
+                   "expected", "found", "agree", "runs")  # fmt: skip
         return Table("Verdicts that were checked", columns, rows, 5)
+
+    def _cards_with(self, usable: int) -> list[str]:
+        """The cards that leave so much to a program, those that people know first."""
+        cards = [card for card in self.cards if abs(card.usable_bytes - usable) < LIKE_BYTES]
+        return [card.name for card in sorted(cards, key=lambda card: not card.headline)]
 
     def failed(self) -> Table:
         """The cases that gave no figures."""

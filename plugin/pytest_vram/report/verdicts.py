@@ -9,7 +9,11 @@ The rule, for a need that was measured on one GPU and a card that is another:
 - Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
   room that there was when that time was taken). A simulated need must leave another 10 % of itself free: the worst
   estimate was 8 % below what was measured.
-- Fits tightly: it fits into what the card gives, with less room than that.
+- Fits tightly: it fits into what the card gives, with less room than that; or with less than the simulation asks for,
+  where that is more than was found: which of two holes a tensor gets hangs on the addresses that the driver gives, and
+  then the simulation took the other. Near the need a program can run out of memory under one cap that it completes
+  under a lower one, so a tight fit is no promise.
+- Does not fit: it requires more than the card gives; or it was seen to run out of memory with as much.
 - Not supported: the card's hardware lacks the dtype.
 """
 
@@ -70,6 +74,8 @@ def judge(choice: Choice, card: Card) -> Verdict:
     required = max(need + context, choice.at_least_bytes)
     if required > usable:
         return Verdict("no", choice, card, required)
+    if choice.ran_out_bytes + context >= usable:
+        return Verdict("no", choice, card, required, "it ran out of memory with as much")
     room = usable - required
     if room < FREE_SHARE * usable:
         return Verdict("tight", choice, card, required, f"under {FREE_SHARE * 100:.0f} % free")
@@ -77,6 +83,8 @@ def judge(choice: Choice, card: Card) -> Verdict:
         short = room < FREE_SHARE * usable + ESTIMATE_SHARE * need
         outcome: Outcome = "tight" if short else "fits"
         return Verdict(outcome, choice, card, required, "within the estimate's error" if short else "")
+    if (choice.record.memory.estimated_need_bytes or 0) + context > usable:
+        return Verdict("tight", choice, card, required, "the simulation asks for more than was found")
     slow = choice.slowdown
     if slow is not None and slow > SLOWDOWN and usable < (choice.record.memory.reserved_peak_bytes or 0) + context:
         return Verdict("tight", choice, card, required, f"up to {slow:.1f} times slower without more room")

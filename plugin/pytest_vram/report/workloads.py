@@ -1,7 +1,7 @@
 """From records to choices: for each workload the sets of optimizations to choose from, each by its best record."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pytest_vram.cases.case import Case, OwnCase
@@ -45,6 +45,7 @@ class Choice:
     workload: Workload
     record: Record
     run: ReadRun
+    ran_out_bytes: int = 0  # the largest cap on the allocator under which it was seen to run out of memory
 
     @cached_property
     def optimizations(self) -> tuple[str, ...]:
@@ -135,7 +136,7 @@ class Evidence:
     """What all runs together say.
 
     `choices` has, for each workload and each GPU (None: estimated with none), the choices by their set. `checks` are
-    the cases that ran under a limit: they prove a verdict, and say no need. `failed` has what ended in no figures.
+    the cases that ran under a limit: they say no need, but what ran out of memory counts against the choice. `failed` has what ended in no figures.
     """
 
     runs: Sequence[ReadRun]
@@ -193,6 +194,12 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
                 failed.append(choice)  # measured with no need, neither searched nor simulated
     known = {(c.workload, c.optimizations) for sets in found.values() for s in sets.values() for c in s.values()}
     unknown = {(c.workload, c.optimizations): c for c in failed if (c.workload, c.optimizations) not in known}
+    for check in checks:
+        cap = (check.record.case.limit_bytes or 0) - (check.record.memory.context_bytes or 0)
+        if check.record.status == "oom" and check.record.method == "measured":
+            for sets in found.get(check.workload, {}).values():
+                if (choice := sets.get(check.optimizations)) and cap > choice.ran_out_bytes:
+                    sets[check.optimizations] = replace(choice, ran_out_bytes=cap)
     return Evidence(runs, dict(sorted(found.items())), checks, list(unknown.values()), aliases)
 
 
