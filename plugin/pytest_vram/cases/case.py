@@ -9,6 +9,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Discriminator, Field, Tag,
 from pytest_vram.errors import UsageError
 
 Weights = Literal["random", "pretrained"]
+Number = Annotated[int, Field(gt=0, lt=1 << 31)]
+Name = Annotated[str, Field(max_length=200)]
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
 
@@ -18,18 +20,18 @@ class Case(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     model: str = Field(min_length=1, max_length=200)
-    optimizations: tuple[str, ...] = Field(min_length=1)
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    frames: int | None = Field(default=None, gt=0)
-    batch_size: int = Field(gt=0)
-    steps: int = Field(gt=0)
+    optimizations: tuple[Name, ...] = Field(min_length=1, max_length=100)
+    height: Number
+    width: Number
+    frames: Number | None = None
+    batch_size: Number
+    steps: Number
     guidance_scale: float = Field(ge=0)
-    sequence_length: int | None = Field(default=None, gt=0)
-    scheduler: str
-    seed: int = 0
+    sequence_length: Number | None = None
+    scheduler: Name
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     weights: Weights = "random"
-    limit_bytes: int | None = Field(default=None, gt=0)
+    limit_bytes: int | None = Field(default=None, gt=0, lt=1 << 50)
 
     @property
     def id(self) -> str:
@@ -58,7 +60,7 @@ class OwnCase(BaseModel):
     test: str = Field(min_length=1, max_length=500)
     build: str = Field(min_length=1, max_length=1000)
     call: str = Field(min_length=1, max_length=1000)
-    limit_bytes: int | None = Field(default=None, gt=0)
+    limit_bytes: int | None = Field(default=None, gt=0, lt=1 << 50)
 
     @property
     def id(self) -> str:

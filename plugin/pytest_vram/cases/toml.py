@@ -19,7 +19,7 @@ def read_toml(path: Path, table: type[T]) -> T:
     """
     try:
         return table.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from error
     except ValidationError as error:
         raise UsageError(first_problem(error, path)) from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number of 5000 digits
+        raise UsageError(f"{path}: {error}") from error

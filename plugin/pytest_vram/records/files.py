@@ -139,9 +139,12 @@ def checked(document: Any, source: Path, refused: list[str] | None = None) -> Ru
     vram = document["vram"]
     schema = vram.get("schema", SCHEMA)
     if type(schema) is int and schema > SCHEMA:
+        wrote = _of(vram, "environment", "pytest-vram")
+        version = f", {' '.join(wrote.split())[:40]}" if isinstance(wrote, str) else ""
+        newer = schema if schema < 1000 else "it"
         raise RunFileError(
-            f"{source}: schema: {schema} is newer than this pytest-vram reads ({SCHEMA}); "
-            f"install the version that wrote it (environment: {str(_of(vram, 'environment', 'pytest-vram'))[:40]})"
+            f"{source}: schema: {newer} is newer than this pytest-vram reads ({SCHEMA}); "
+            f"install the version that wrote it{version}"
         )
     documents = vram.get("records", [])
     try:
@@ -152,9 +155,10 @@ def checked(document: Any, source: Path, refused: list[str] | None = None) -> Ru
         try:
             run.records.append(_record(one, f"records.{number}", run.environment.get("gpu_memory_bytes")))
         except RunFileError as error:
+            problem = " ".join(str(error).split())
             if refused is None:
-                raise RunFileError(f"{source}: {error}") from error
-            refused.append(str(error))
+                raise RunFileError(f"{source}: {problem}") from error
+            refused.append(problem)
     return run
 
 

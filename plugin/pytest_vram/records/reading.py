@@ -33,17 +33,17 @@ class ReadRun:
     def gpu_memory_bytes(self) -> int | None:
         """What PyTorch saw of the GPU's memory."""
         value = self.run.environment.get("gpu_memory_bytes")
-        return value if type(value) is int else None
+        return value if type(value) is int and 0 < value < 1 << 50 else None
 
     @property
-    def started(self) -> datetime:
-        """When the run began, UTC; from the file's name where the file does not say, else the beginning of time."""
+    def started(self) -> datetime | None:
+        """When the run began, UTC; from the file's name where the file does not say."""
         with contextlib.suppress(ValueError, OverflowError):
             when = datetime.fromisoformat(str(self.run.environment.get("started")))
             return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
         with contextlib.suppress(ValueError):
             return datetime.strptime(self.path.name.split("_")[0], TIME_FORMAT).replace(tzinfo=UTC)
-        return datetime.min.replace(tzinfo=UTC)
+        return None
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[ReadRun], list[str]]:
@@ -70,15 +70,22 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[ReadRun], list[str]]:
     if not runs:
         where = ", ".join(str(path) for path in paths)
         raise RunFileError(f"{where}: no run file here; pytest bench --gpu writes one, pytest bench an estimate")
-    return sorted(runs, key=lambda run: (run.started, run.path.name)), notes
+    beginning = datetime.min.replace(tzinfo=UTC)
+    return sorted(runs, key=lambda run: (run.started or beginning, run.path.name)), notes
 
 
 def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
     """Each file once, and whether it was named; of a folder its own `*.json` and those of the folders in it."""
-    seen: set[Path] = set()
+    found: dict[Path, tuple[Path, bool]] = {}
     for path in paths:
-        found = sorted((*path.glob("*.json"), *path.glob("*/*.json"))) if path.is_dir() else [path]
-        for file in found:
-            if (key := file.resolve()) not in seen:
-                seen.add(key)
-                yield file, not path.is_dir()
+        try:
+            if path.is_dir():
+                files = sorted(file for form in ("*.json", "*/*.json") for file in path.glob(form) if file.is_file())
+                for file in files:
+                    found.setdefault(file.resolve(), (file, False))
+            else:
+                first, _ = found.get(path.resolve(), (path, True))
+                found[path.resolve()] = first, True
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+            raise RunFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    yield from found.values()

@@ -3,9 +3,10 @@
 Bytes are bytes, times seconds; what could not be read is null, with its reason in `unavailable`, and never 0.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from pytest_vram.cases.case import AnyCase, OwnCase
 
@@ -24,6 +25,7 @@ Status = Literal["ok", "oom", "error", "timeout", "skipped"]
 Phase = Literal["load", "encode", "denoise", "decode", "call"]  # call: of a pipeline with no such parts
 Bytes = Annotated[int, Field(strict=True, gt=0, lt=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, lt=1e7, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 50)]
 Text = Annotated[str, Field(max_length=20_000)]
 
 
@@ -52,8 +54,8 @@ class Memory(_Part):
     estimated_need_bytes: Bytes | None = None
     estimated_allocated_peak_bytes: Bytes | None = None
     host_peak_bytes: Bytes | None = None
-    alloc_retries: int | None = Field(default=None, strict=True, ge=0)
-    at_need_alloc_retries: int | None = Field(default=None, strict=True, ge=0)
+    alloc_retries: Count | None = None
+    at_need_alloc_retries: Count | None = None
 
 
 class PhaseCost(_Part):
@@ -81,17 +83,17 @@ class Time(_Part):
     images_per_s: float | None = Field(default=None, gt=0)
     at_need_s: Seconds | None = None
     full_length_s: Seconds | None = None
-    full_length_steps: int | None = Field(default=None, gt=0)
-    denoiser_calls: int | None = Field(default=None, ge=0)
+    full_length_steps: Count | None = None
+    denoiser_calls: Count | None = None
     workers: list[WorkerTime] = []
-    rounds_discarded: int = Field(default=0, ge=0)
+    rounds_discarded: Count = 0
 
 
 class RoundTelemetry(_Part):
     """The GPU's state during one round; None where it could not be read."""
 
-    sm_clock_mhz: int | None = Field(default=None, ge=0)
-    temperature_c: int | None = None
+    sm_clock_mhz: Count | None = None
+    temperature_c: int | None = Field(default=None, gt=-1000, lt=1000)
     power_w: float | None = Field(default=None, ge=0)
     throttle: list[str] = []
 
@@ -130,7 +132,7 @@ class Wall(_Part):
     warmup_s: float = Field(default=0, ge=0)
     rounds_s: float = Field(default=0, ge=0)
     need_s: float = Field(default=0, ge=0)
-    probes: int = Field(default=0, ge=0)
+    probes: Count = 0
 
 
 class Record(_Part):
@@ -170,14 +172,21 @@ class Record(_Part):
         return self
 
 
+def _writable(environment: dict[str, Any]) -> dict[str, Any]:
+    """With `?` in place of what no file can hold: half a surrogate pair."""
+    text = json.dumps(environment, ensure_ascii=False).encode("utf-8", "replace")
+    written: dict[str, Any] = json.loads(text)
+    return written
+
+
 class Run(_Part):
     """The records of one sweep with one environment: the key `vram` of a run file."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
-    environment: dict[str, Any]
-    sweep: str
+    environment: Annotated[dict[str, Any], AfterValidator(_writable)]
+    sweep: Text
     complete: bool = True
-    aliases: dict[str, list[str]] = {}
+    aliases: dict[Text, list[Text]] = {}
     options: dict[str, Any] = {}
     records: list[Record] = []
 

@@ -66,7 +66,9 @@ class Card(BaseModel):
     def is_gpu(self, name: object, memory_bytes: object) -> bool:
         """Whether a GPU of this name and memory, as PyTorch tells them, is this card: variants share a name, and the
         memory of one varies with the driver and with ECC."""
-        if name != self.reported_as or not isinstance(memory_bytes, int):
+        if self.reported_as is None or name != self.reported_as:
+            return False
+        if not isinstance(memory_bytes, int) or not 0 < memory_bytes < 1 << 50:
             return False
         return abs(memory_bytes / GIB / self.visible_gib - 1) < 0.1
 
@@ -111,6 +113,7 @@ def find_card(text: str, cards: Sequence[Card]) -> Card:
     part = [card for card in cards if wanted and wanted in _key(card.name)]
     if len(part) == 1:
         return part[0]
+    part = named or part
     if part:
         several = ", ".join(card.name for card in part[:6]) + (", ..." if len(part) > 6 else "")
         raise UsageError(f"--card: {text!r} may be any of {several}; write one of them in full")
@@ -122,4 +125,4 @@ def find_card(text: str, cards: Sequence[Card]) -> Card:
 
 def _key(name: str) -> str:
     """A name without what people leave out or write in several ways."""
-    return re.sub(r"nvidia|geforce|[^a-z0-9]", "", name.lower())
+    return re.sub(r"nvidia|geforce|\W|_", "", name.lower())

@@ -4,7 +4,6 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,6 @@ class Document:
 
         remarks = [] if run.run.complete else ["not complete"]
         remarks += [f"{len(run.refused)} refused"] if run.refused else []
-        known = run.started > datetime.min.replace(tzinfo=UTC)
         software = f"torch {said('torch')}, diffusers {said('diffusers')}"
         return [
             Cell(self.tags[run.path]),
@@ -98,7 +96,7 @@ class Document:
             Cell(f"{run.gpu[:100]}, {gib(run.gpu_memory_bytes)} GiB" if run.gpu else "none: estimated"),
             Cell(f"driver {said('driver')}, {software}" if run.gpu else software),
             Cell(said("commit")[:12] + (" and changes" if environment.get("dirty") is True else "")),
-            Cell(f"{run.started:%Y-%m-%d}" if known else NOTHING),
+            Cell(f"{run.started:%Y-%m-%d}" if run.started else NOTHING),
             Cell(str(len(run.records))),
             Cell("; ".join(remarks)),
         ]

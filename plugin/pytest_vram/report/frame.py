@@ -88,7 +88,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "probes": (WHOLE, "fresh processes that the search for the need took"),
 }
 
-_ENVIRONMENT = ("gpu", "gpu_memory_bytes", "driver", "torch", "diffusers", "commit", "dirty")
+_ENVIRONMENT = ("gpu", "driver", "torch", "diffusers", "commit", "dirty")
 _TIME = ("cold_s", "median_s", "step_s", "images_per_s", "at_need_s", "full_length_s", "full_length_steps")
 
 
@@ -131,6 +131,7 @@ def _series(values: list[Any], dtype: str, series: Callable[..., Any]) -> Any:
 def _described(run: ReadRun) -> dict[str, Any]:
     environment = run.run.environment
     described: dict[str, Any] = {"run": run.path.name, "sweep": run.run.sweep, "started": run.started}
+    described["gpu_memory_bytes"] = run.gpu_memory_bytes
     for name in _ENVIRONMENT:
         value, dtype = environment.get(name), COLUMNS[name][0]
         kind = {TEXT: str, WHOLE: int, FLAG: bool}[dtype]
@@ -144,13 +145,14 @@ def _row(record: Record) -> dict[str, Any]:
     row: dict[str, Any] = {
         **{name: value for name, value in case.model_dump().items() if name in COLUMNS},
         **{name: getattr(memory, name) for name in Memory.model_fields},
-        **{name: getattr(time, name) for name in (*_TIME, "denoiser_calls", "rounds_discarded")},
+        **{name: getattr(time, name) for name in (*_TIME, "denoiser_calls")},
         "optimizations": "+".join(case.optimizations),
         "id": record.id,
         "method": record.method,
         "status": record.status,
         "reason": record.reason or (record.failure.message if record.failure else None),
         "need_phase": record.need_phase,
+        "rounds_discarded": time.rounds_discarded if time.workers else None,
         "rounds": sum(len(worker.rounds_s) for worker in time.workers) or None,
         "sm_clock_mhz": _of(statistics.median, [r.sm_clock_mhz for r in rounds]),
         "temperature_c": _of(max, [r.temperature_c for r in rounds]),

@@ -69,12 +69,13 @@ def judge(choice: Choice, card: Card) -> Verdict:
     if need is None:
         return Verdict("no", choice, card, reason="out of memory where it was measured; its need is not known")
     measured_context = choice.record.memory.context_bytes
-    same = not choice.estimated and card.is_gpu(choice.run.gpu, choice.run.gpu_memory_bytes)
-    context = measured_context if same and measured_context else max(measured_context or 0, ASSUMED_CONTEXT_BYTES)
+    same = card.is_gpu(choice.run.gpu, choice.run.gpu_memory_bytes)
+    known = same and not choice.estimated
+    context = measured_context if known and measured_context else max(measured_context or 0, ASSUMED_CONTEXT_BYTES)
     required = max(need + context, choice.at_least_bytes)
     if required > usable:
         return Verdict("no", choice, card, required)
-    if choice.ran_out_bytes + context >= usable:
+    if usable <= max(choice.ran_out_bytes + context, choice.at_least_bytes) or (same and choice.at_least_bytes):
         return Verdict("no", choice, card, required, "it ran out of memory with as much")
     room = usable - required
     if room < FREE_SHARE * usable:
@@ -85,8 +86,8 @@ def judge(choice: Choice, card: Card) -> Verdict:
         return Verdict(outcome, choice, card, required, "within the estimate's error" if short else "")
     if (choice.record.memory.estimated_need_bytes or 0) + context > usable:
         return Verdict("tight", choice, card, required, "the simulation asks for more than was found")
-    slow = choice.slowdown
-    if slow is not None and slow > SLOWDOWN and usable < (choice.record.memory.reserved_peak_bytes or 0) + context:
+    slow, room_when_timed = choice.slowdown, choice.record.memory.reserved_peak_bytes
+    if slow is not None and slow > SLOWDOWN and (room_when_timed is None or usable < room_when_timed + context):
         return Verdict("tight", choice, card, required, f"up to {slow:.1f} times slower without more room")
     return Verdict("fits", choice, card, required)
 
@@ -95,7 +96,7 @@ def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
     """The choice to take for a workload on a card, with its verdict.
 
     What was measured comes before what was estimated, what fits before what fits tightly, and then the fastest wins.
-    Of those no slower than 1.25 × the fastest the one with fewest flags is taken, then the one that requires least. A
+    Of those within `SAME_TIME` of the fastest the one with fewest flags is taken, then the one that requires least. A
     set with a flag that was seen to change nothing stands back for the set without it.
     """
     sources = (_on_its_gpu(workload, card, evidence) or evidence.measured(workload), evidence.estimated(workload))
@@ -111,9 +112,9 @@ def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
 
 def _on_its_gpu(workload: Workload, card: Card, evidence: Evidence) -> list[Choice]:
     """What was measured on this very card."""
-    for sets in evidence.choices[workload].values():
+    for gpu, sets in evidence.choices[workload].items():
         choices = list(sets.values())
-        if card.is_gpu(choices[0].run.gpu, choices[0].run.gpu_memory_bytes):
+        if gpu is not None and card.is_gpu(choices[0].run.gpu, choices[0].run.gpu_memory_bytes):
             return choices
     return []
 
@@ -135,19 +136,23 @@ def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Ve
 def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
     """The verdict on the smallest card that runs the workload comfortably: it fits, and at full speed.
 
-    Full speed is at most 1.25 × the time of the fastest choice that any card runs. Of an estimate there is no time:
-    there it is a choice with no flag that offloads.
+    Full speed is within `SAME_TIME` of the fastest choice that any card runs, as timed on the same GPU. Of an estimate
+    there is no time: there it is a choice with no flag that offloads.
     """
 
     def comfortable(verdict: Verdict) -> bool:
         if verdict.outcome != "fits":
             return False
-        if verdict.call_s is None or fastest is None:
+        if verdict.call_s is None:
             return not verdict.choice.offloads
-        return verdict.call_s <= SLOWDOWN * fastest
+        return verdict.call_s <= SAME_TIME * fastest[verdict.choice.run.gpu]
 
-    times = [c.call_s for c in without_idle_flags(evidence.measured(workload)) if c.call_s is not None]
-    fastest = min(times, default=None)
+    fastest: dict[str | None, float] = {}  # by GPU: times of two GPUs say nothing of each other
+    for choices in evidence.groups(workload):
+        for choice in without_idle_flags(choices):
+            gpu = choice.run.gpu
+            if choice.call_s is not None and any(judge(choice, card).runs for card in cards):
+                fastest[gpu] = min(choice.call_s, fastest.get(gpu, choice.call_s))
     return _smallest(cards, lambda card: best(workload, card, evidence), comfortable)
 
 

@@ -1,0 +1,478 @@
+"""From records to choices: which record speaks for a set, and what it says."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_vram.cases.models import Model
+from pytest_vram.records.reading import ReadRun
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Record, Run
+from pytest_vram.report.workloads import (
+    SAME_TIME,
+    Choice,
+    Evidence,
+    Workload,
+    baseline,
+    frontier,
+    gather,
+    lead,
+    without_idle_flags,
+    workload_of,
+)
+from tests.records.test_schema import FAILURE, MIB, facts, own, record
+
+GIB = 1 << 30
+H100 = "NVIDIA H100 80GB HBM3"
+RTX_4090 = "NVIDIA GeForce RTX 4090"
+NOTHING = dict.fromkeys(facts()["memory"])
+
+
+def run(
+    records: Iterable[Record],
+    gpu: Any = H100,
+    memory: Any = 80 * GIB,
+    started: str = "2026-11-24T08:00:00",
+    **changes: Any,
+) -> ReadRun:
+    environment = {"gpu": gpu, "gpu_memory_bytes": memory, "started": started}
+    return ReadRun(Path("run.json"), Run(environment=environment, sweep="default", records=list(records), **changes))
+
+
+def measured(names: str = "fp16", need: int = 10 * GIB, seconds: float | None = 2.0, **changes: Any) -> Record:
+    """A record with a searched need; `case`, `memory` and `time` in `changes` are added to its own."""
+    figures = {
+        "weights_bytes": min(need, 5 * GIB),
+        "allocated_peak_bytes": need,
+        "reserved_peak_bytes": need + GIB,
+        "nvml_process_peak_bytes": None,
+        "need_bytes": need,
+        "context_bytes": 686 * MIB,
+        "required_bytes": need + 686 * MIB,
+    }
+    rounds = {"rounds_s": [seconds or 1.0], "median_s": seconds or 1.0}
+    times = {"median_s": seconds, "workers": [rounds], **changes.pop("time", {})}
+    case = {"optimizations": names.split("+"), **changes.pop("case", {})}
+    memory = {**figures, **changes.pop("memory", {})}
+    return record(case=case, memory=memory, time=times, **changes)
+
+
+def unsearched(names: str = "fp16", need: int | None = 10 * GIB, **changes: Any) -> Record:
+    """A measured record whose need is only simulated."""
+    memory = {"need_bytes": None, "required_bytes": None, "estimated_need_bytes": need, **changes.pop("memory", {})}
+    return measured(names, need or GIB, memory=memory, **changes)
+
+
+def estimated(names: str = "fp16", need: int = 10 * GIB, **changes: Any) -> Record:
+    """A record of a run with no GPU."""
+    required = need + ASSUMED_CONTEXT_BYTES
+    memory = {**NOTHING, "need_bytes": need, "estimated_need_bytes": need, "required_bytes": required}
+    case = {"optimizations": names.split("+"), **changes.pop("case", {})}
+    return record(method="estimated", case=case, memory=memory, time={}, **changes)
+
+
+def out_of_memory(names: str = "fp16", need: int | None = None, **changes: Any) -> Record:
+    """A record that ran out of memory, with its need as simulated."""
+    case = {"optimizations": names.split("+"), **changes.pop("case", {})}
+    memory = {**NOTHING, "estimated_need_bytes": need}
+    return record(status="oom", failure=FAILURE, case=case, memory=memory, time={}, **changes)
+
+
+def choice(found: Record, **changes: Any) -> Choice:
+    return Choice(workload_of(found), found, run([found], **changes))
+
+
+def choices(*records: Record, **changes: Any) -> list[Choice]:
+    """The choices of one workload on one GPU."""
+    [by_gpu] = gather([run(records, **changes)]).choices.values()
+    [sets] = by_gpu.values()
+    return list(sets.values())
+
+
+def names(found: Iterable[Choice]) -> list[str]:
+    return [one.name for one in found]
+
+
+def only(evidence: Evidence) -> Workload:
+    [workload] = evidence.choices
+    return workload
+
+
+WORKLOAD = workload_of(measured())
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "size", "label"),
+    [
+        (measured(), Workload("sdxl", 1 << 20, 1024, 1024, 0, 1), "1024x1024", "1024x1024, batch 1"),
+        (
+            measured(case={"width": 640, "height": 480, "frames": 9, "batch_size": 2}),
+            Workload("sdxl", 640 * 480 * 9, 640, 480, 9, 2),
+            "640x480, 9 frames",
+            "640x480, 9 frames, batch 2",
+        ),
+        (own(), Workload("tests/test_app.py", 0, test="test_painter"), "", "test_painter"),
+    ],
+)
+def test_workload(found: Record, expected: Workload, size: str, label: str) -> None:
+    workload = workload_of(found)
+    assert workload == expected
+    assert (workload.size, workload.label) == (size, label)
+
+
+def test_workloads_come_by_model_then_size_then_batch() -> None:
+    shapes = [(512, 4), (1024, 1), (512, 1), (1024, 8)]
+    records = [measured(case={"width": s, "height": s, "batch_size": b}) for s, b in shapes]
+    records.append(measured(case={"model": "a-model"}))
+    found = [(w.model, w.width, w.batch_size) for w in gather([run(records)]).choices]
+    assert found == [("a-model", 1024, 1), *(("sdxl", s, b) for s, b in sorted(shapes))]
+
+
+def test_a_measured_choice() -> None:
+    times = {"full_length_s": 12.0, "at_need_s": 3.0}
+    found = choice(measured("fp16+vae_tiling", 10 * GIB, 2.0, time=times))
+    assert (found.optimizations, found.name, found.flags) == (
+        ("fp16", "vae_tiling"),
+        "fp16+vae_tiling",
+        ("vae_tiling",),
+    )
+    assert not found.estimated
+    assert (found.need_bytes, found.required_bytes) == (10 * GIB, 10 * GIB + 686 * MIB)
+    assert (found.call_s, found.slowdown, found.at_least_bytes) == (12.0, 1.5, 0)
+    assert found.disk_bytes == 5 * GIB
+
+
+def test_an_estimated_choice_takes_the_assumed_context_and_has_no_time() -> None:
+    found = choice(estimated(need=10 * GIB), gpu=None, memory=None)
+    assert found.estimated
+    assert (found.need_bytes, found.required_bytes) == (10 * GIB, 10 * GIB + 768 * MIB)
+    assert (found.call_s, found.slowdown, found.host_bytes, found.disk_bytes) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(("context", "expected"), [(400 * MIB, 400 * MIB), (None, 768 * MIB)])
+def test_an_unsearched_need_takes_the_context_that_was_measured(context: int | None, expected: int) -> None:
+    found = choice(unsearched(memory={"context_bytes": context}))
+    assert found.estimated
+    assert found.required_bytes == 10 * GIB + expected
+
+
+def test_a_choice_out_of_memory_needs_more_than_the_gpu_had() -> None:
+    found = choice(out_of_memory())
+    assert found.estimated
+    assert (found.need_bytes, found.required_bytes, found.at_least_bytes) == (None, None, 80 * GIB)
+    assert (found.call_s, found.remark) == (None, "out of memory")
+    assert choice(out_of_memory(), memory="80 GiB").at_least_bytes == 0
+
+
+def test_a_pipeline_of_ones_own_is_a_choice_without_a_name() -> None:
+    found = choice(own())
+    assert (found.optimizations, found.name, found.flags, found.call_s) == ((), "", (), 2.0)
+
+
+@pytest.mark.parametrize(("set_", "flags"), [("fp32", ()), ("bf16+a+b", ("a", "b")), ("a+fp16", ("a",))])
+def test_flags_are_what_stands_beside_the_dtype(set_: str, flags: tuple[str, ...]) -> None:
+    assert choice(measured(set_)).flags == flags
+
+
+@pytest.mark.parametrize(
+    ("set_", "offloads"),
+    [("fp16", False), ("fp16+model_offload", True), ("fp16+sequential_offload", True), ("fp16+vae_tiling", False)],
+)
+def test_offloads(set_: str, offloads: bool) -> None:
+    assert choice(measured(set_)).offloads is offloads
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (measured(memory={"host_peak_bytes": 3 * GIB}), 8 * GIB),
+        (measured(memory={"host_peak_bytes": 3 * GIB, "weights_bytes": None}), 3 * GIB),
+        (measured("fp16+model_offload", memory={"host_peak_bytes": 9 * GIB}), 9 * GIB),
+        (measured(memory={"host_peak_bytes": 8 * GIB}, case={"weights": "pretrained"}), 8 * GIB),
+        (own(memory={"host_peak_bytes": 8 * GIB}), 8 * GIB),
+        (measured(memory={"host_peak_bytes": None}), None),
+    ],
+)
+def test_weights_made_on_the_gpu_come_through_host_memory_too(found: Record, expected: int | None) -> None:
+    assert choice(found).host_bytes == expected
+
+
+def test_remark() -> None:
+    exactness = {"against": "x", "max_abs_difference": 0.9, "mean_abs_difference": 0.5}
+    effects = {"vae_tiling": "no_effect", "channels_last": "applied", "vae_slicing": "no_effect"}
+    found = choice(measured(effects=effects, exactness=exactness))
+    assert found.no_effect == ("vae_tiling", "vae_slicing")
+    assert found.remark == "no effect: vae_tiling, vae_slicing; not exact"
+    assert choice(measured()).remark == ""
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_searched_need_beats_a_simulated_one_of_the_same_gpu(order: int) -> None:
+    runs = [run([measured(need=10 * GIB)]), run([unsearched(need=9 * GIB)])][::order]
+    [found] = gather(runs).measured(WORKLOAD)
+    assert (found.estimated, found.need_bytes) == (False, 10 * GIB)
+
+
+@pytest.mark.parametrize("kind", [measured, unsearched, estimated, out_of_memory])
+def test_among_equals_the_newest_wins(kind: Any) -> None:
+    runs = [run([kind("fp16", need)]) for need in (8 * GIB, 12 * GIB, 10 * GIB)]
+    [found] = [one for sets in gather(runs).choices[WORKLOAD].values() for one in sets.values()]
+    assert found.run is runs[-1]
+    assert found.record is runs[-1].records[0]
+
+
+def test_of_two_records_in_one_run_the_later_wins() -> None:
+    [found] = choices(measured(need=10 * GIB), measured(need=11 * GIB))
+    assert found.need_bytes == 11 * GIB
+
+
+def test_several_gpus_and_estimates_are_kept_apart() -> None:
+    runs = [
+        run([measured(need=10 * GIB), measured("bf16", 10 * GIB)]),
+        run([measured(need=11 * GIB)], gpu=RTX_4090, memory=24 * GIB),
+        run([estimated(need=9 * GIB), estimated("fp16+vae_tiling", 8 * GIB)], gpu=None, memory=None),
+    ]
+    evidence = gather(runs)
+    by_gpu = evidence.choices[only(evidence)]
+    needs = {gpu: {found.name: found.need_bytes for found in sets.values()} for gpu, sets in by_gpu.items()}
+    assert needs == {
+        H100: {"fp16": 10 * GIB, "bf16": 10 * GIB},
+        RTX_4090: {"fp16": 11 * GIB},
+        None: {"fp16": 9 * GIB, "fp16+vae_tiling": 8 * GIB},
+    }
+    assert names(evidence.measured(WORKLOAD)) == ["fp16", "bf16"]
+    assert names(evidence.estimated(WORKLOAD)) == ["fp16+vae_tiling"], "what was measured anywhere is not estimated"
+    assert [names(group) for group in evidence.groups(WORKLOAD)] == [["fp16", "bf16"], ["fp16"], ["fp16+vae_tiling"]]
+
+
+def test_of_gpus_with_equally_many_choices_the_last_is_the_measured_one() -> None:
+    runs = [run([measured()]), run([measured()], gpu=RTX_4090), run([estimated()], gpu=None)]
+    [found] = gather(runs).measured(WORKLOAD)
+    assert found.run.gpu == RTX_4090
+
+
+def test_an_estimate_is_no_gpus_even_where_its_run_had_one() -> None:
+    evidence = gather([run([estimated()])])
+    assert list(evidence.choices[WORKLOAD]) == [None]
+    assert evidence.measured(WORKLOAD) == []
+    assert evidence.groups(WORKLOAD) == [evidence.estimated(WORKLOAD)]
+
+
+@pytest.mark.parametrize("kind", [measured, out_of_memory, estimated])
+def test_a_case_with_a_limit_is_a_check_and_no_choice(kind: Any) -> None:
+    limited = kind(case={"limit_bytes": 12 * GIB})
+    evidence = gather([run([limited])])
+    assert [found.record for found in evidence.checks] == [limited]
+    assert (evidence.choices, evidence.failed) == ({}, [])
+
+
+def test_out_of_memory_without_a_limit_is_a_choice() -> None:
+    [found] = choices(out_of_memory())
+    assert (found.need_bytes, found.at_least_bytes) == (None, 80 * GIB)
+    [found] = choices(out_of_memory(need=70 * GIB))
+    assert (found.need_bytes, found.at_least_bytes) == (70 * GIB, 80 * GIB)
+
+
+def test_out_of_memory_of_a_gpu_without_its_memory_says_nothing() -> None:
+    evidence = gather([run([out_of_memory()], memory=None)])
+    assert (evidence.choices, len(evidence.failed)) == ({}, 1)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_out_of_memory_does_not_beat_a_searched_need(order: int) -> None:
+    [found] = gather([run([measured()]), run([out_of_memory(need=9 * GIB)])][::order]).measured(WORKLOAD)
+    assert found.need_bytes == 10 * GIB
+    assert not found.estimated
+
+
+FAILED = {
+    "error": measured(status="error", failure={"message": "CUDA error"}),
+    "timeout": measured(status="timeout", failure={"message": "too long"}),
+    "skipped": measured(status="skipped", reason="not here"),
+    "no need": unsearched(need=None),
+}
+
+
+@pytest.mark.parametrize("kind", FAILED)
+def test_what_failed_is_said_where_nothing_else_is_known(kind: str) -> None:
+    evidence = gather([run([FAILED[kind]]), run([FAILED[kind]])])
+    assert [found.record for found in evidence.failed] == [FAILED[kind]], "once"
+    assert (evidence.choices, evidence.checks) == ({}, [])
+
+
+@pytest.mark.parametrize("known", [measured(), unsearched(), estimated(), out_of_memory()])
+@pytest.mark.parametrize("kind", FAILED)
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_failed_is_not_said_where_something_is_known(kind: str, known: Record, order: int) -> None:
+    evidence = gather([run([known]), run([FAILED[kind]], gpu=RTX_4090)][::order])
+    assert evidence.failed == []
+    assert [found.record for found in evidence.groups(WORKLOAD)[0]] == [known]
+
+
+def test_what_is_known_of_another_set_or_workload_excuses_no_failure() -> None:
+    others = [measured("bf16"), measured(case={"batch_size": 2}), measured(case={"limit_bytes": 12 * GIB})]
+    assert len(gather([run([*others, FAILED["error"]])]).failed) == 1
+
+
+def test_pipelines_of_ones_own_are_workloads_of_their_tests() -> None:
+    other = own()
+    other = other.model_copy(update={"case": other.case.model_copy(update={"test": "test_other"})})
+    evidence = gather([run([own(), other])])
+    assert [workload.test for workload in evidence.choices] == ["test_other", "test_painter"]
+    assert evidence.models() == ["tests/test_app.py"]
+    assert all(len(evidence.measured(workload)) == 1 for workload in evidence.choices)
+
+
+def test_aliases_of_all_runs_and_models_by_name() -> None:
+    records = [measured(case={"model": model}) for model in ("z", "a", "z")]
+    runs = [run(records, aliases={"z": ["old"], "a": ["x"]}), run([], aliases={"z": ["new"]})]
+    evidence = gather(runs)
+    assert evidence.models() == ["a", "z"]
+    assert evidence.aliases == {"z": ["new"], "a": ["x"]}
+    assert evidence.runs == runs
+
+
+def test_no_runs_are_no_evidence() -> None:
+    evidence = gather([])
+    assert (evidence.choices, evidence.checks, evidence.failed, evidence.models()) == ({}, [], [], [])
+
+
+def test_a_run_of_a_gpu_without_a_name_is_not_taken_for_an_estimate() -> None:
+    evidence = gather([run([measured()], gpu=None)])
+    assert names(evidence.estimated(WORKLOAD)) == []
+
+
+def shapes(*wanted: tuple[int, int, int], frames: int | None = None) -> Evidence:
+    """Evidence of (size, batch, number of sets)."""
+    sets = ("fp16", "bf16", "fp32", "fp16+vae_tiling")
+    found = [
+        measured(name, case={"width": size, "height": size, "batch_size": batch, "frames": frames})
+        for size, batch, number in wanted
+        for name in sets[:number]
+    ]
+    return gather([run(found)])
+
+
+def made_for(model: Model, size: int, frames: int | None = None) -> dict[str, Model]:
+    native = model.native.model_copy(update={"width": size, "height": size, "frames": frames})
+    return {"sdxl": model.model_copy(update={"native": native})}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "native", "expected"),
+    [
+        ([(512, 1, 3), (1024, 1, 1), (1024, 4, 3)], 1024, (1024, 1)),
+        ([(512, 1, 3), (1024, 1, 1)], 512, (512, 1)),
+        ([(512, 1, 2), (1024, 1, 1), (1024, 4, 4)], None, (512, 1)),
+        ([(512, 1, 2), (1024, 1, 1)], 768, (512, 1)),
+        ([(512, 1, 2), (1024, 1, 2), (2048, 4, 2)], None, (1024, 1)),
+        ([(512, 8, 1)], None, (512, 8)),
+        ([(512, 1, 4), (1024, 4, 1), (1024, 8, 3)], 1024, (1024, 4)),
+    ],
+)
+def test_lead(wanted: list[tuple[int, int, int]], native: int | None, expected: tuple[int, int], tiny: Model) -> None:
+    evidence = shapes(*wanted)
+    found = lead("sdxl", evidence.choices, evidence, made_for(tiny, native) if native else {})
+    assert (found.width, found.batch_size) == expected
+
+
+def test_the_native_size_of_a_video_has_its_frames(tiny: Model) -> None:
+    both = [
+        *(measured(name, case={"frames": 9}) for name in ("fp16", "bf16")),
+        measured(case={"frames": 49}),
+    ]
+    evidence = gather([run(both)])
+    assert lead("sdxl", evidence.choices, evidence, made_for(tiny, 1024, frames=49)).frames == 49
+
+
+def test_lead_looks_at_its_own_model_only() -> None:
+    evidence = gather([run([measured(), measured(case={"model": "b", "batch_size": 4}), own()])])
+    assert lead("b", evidence.choices, evidence, {}).batch_size == 4
+    assert lead("tests/test_app.py", evidence.choices, evidence, {}).test == "test_painter"
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        (["fp32", "bf16", "fp16"], "fp16"),
+        (["fp32", "bf16", "fp16+vae_tiling"], "bf16"),
+        (["fp16+vae_tiling", "fp32"], "fp32"),
+        (["fp16+a+b", "bf16+a"], "bf16+a"),
+    ],
+)
+def test_baseline(sets: list[str], expected: str) -> None:
+    assert baseline(choices(*map(measured, sets))).name == expected
+
+
+def test_the_baseline_of_ones_own_pipeline_is_itself() -> None:
+    assert baseline(choices(own())).workload.test == "test_painter"
+
+
+def idle(names: str, *flags: str) -> Record:
+    return measured(names, effects=dict.fromkeys(flags, "no_effect"))
+
+
+@pytest.mark.parametrize(
+    ("records", "kept"),
+    [
+        ([measured("fp16"), idle("fp16+a", "a")], ["fp16"]),
+        ([idle("fp16+a", "a"), measured("fp16")], ["fp16"]),
+        ([idle("fp16+a", "a")], ["fp16+a"]),
+        ([measured("bf16"), idle("fp16+a", "a")], ["bf16", "fp16+a"]),
+        ([measured("fp16"), measured("fp16+a")], ["fp16", "fp16+a"]),
+        ([measured("fp16"), idle("fp16+a", "b")], ["fp16", "fp16+a"]),
+        ([measured("fp16"), idle("fp16+a+b", "a")], ["fp16", "fp16+a+b"]),
+        ([measured("fp16+b"), idle("fp16+a+b", "a")], ["fp16+b"]),
+        ([measured("fp16"), idle("fp16+a", "a"), idle("fp16+a+b", "a", "b")], ["fp16"]),
+    ],
+)
+def test_a_set_with_an_idle_flag_stands_back_for_the_set_without_it(records: Sequence[Record], kept: list[str]) -> None:
+    assert names(without_idle_flags(choices(*records))) == kept
+
+
+def frontier_of(*points: tuple[str, int, float | None]) -> list[str]:
+    return names(frontier(choices(*(measured(name, need * GIB, seconds) for name, need, seconds in points))))
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([("a", 10, 2.0)], ["a"]),
+        ([("a", 10, 2.0), ("b", 5, 4.0)], ["b", "a"]),
+        ([("a", 10, 2.0), ("b", 5, 2.0)], ["b"]),
+        ([("a", 10, 2.0), ("b", 5, 1.0)], ["b"]),
+        ([("a", 10, 2.0), ("b", 10, 3.0)], ["a"]),
+        ([("a", 10, 2.0), ("b", 5, 2.0 * SAME_TIME)], ["b"]),
+        ([("a", 10, 2.0), ("b", 5, 2.0 * SAME_TIME + 0.01)], ["b", "a"]),
+        ([("a", 10, 1.0), ("b", 8, 1.5), ("c", 6, 2.0)], ["c", "a"]),
+        ([("a", 10, None), ("b", 5, 4.0)], ["b"]),
+        ([], []),
+    ],
+)
+def test_frontier(points: list[tuple[str, int, float | None]], expected: list[str]) -> None:
+    assert (frontier_of(*points) if points else names(frontier([]))) == expected
+
+
+def test_estimates_and_idle_flags_are_not_on_the_frontier() -> None:
+    records = [unsearched("a", 2 * GIB), out_of_memory("b", 3 * GIB), measured("fp16"), idle("fp16+c", "c")]
+    assert names(frontier(choices(*records))) == ["fp16"]
+
+
+def test_what_is_not_on_the_frontier_is_beaten_by_something_that_is() -> None:
+    needs, times = (4, 7, 11, 13), (1.0, 1.1, 1.3, 1.7, 3.0)
+    points = [(f"s{need}_{n}", need, times[(need * (n + 3)) % 5]) for need in needs for n in range(3)]
+    found = choices(*(measured(name, need * GIB, seconds) for name, need, seconds in points))
+    kept = frontier(found)
+
+    def figures(one: Choice) -> tuple[int, float]:
+        return one.required_bytes or 0, one.call_s or 0.0
+
+    assert len(kept) < len(found)
+    for earlier, later in pairwise(kept):
+        assert figures(earlier)[0] < figures(later)[0]
+        assert figures(later)[1] * SAME_TIME < figures(earlier)[1]
+    for one in set(found) - set(kept):
+        required, seconds = figures(one)
+        assert any(figures(k)[0] <= required and figures(k)[1] <= seconds * SAME_TIME for k in kept)
