@@ -210,7 +210,9 @@ def main() -> None:
     try:
         app()
     except VramError as error:
-        typer.echo(f"pytest-vram: {error}", err=True)
+        from pytest_vram.report.text import printable
+
+        typer.echo(printable(f"pytest-vram: {error}"), err=True)
         raise SystemExit(2) from error
 
 

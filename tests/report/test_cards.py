@@ -269,7 +269,7 @@ def test_a_file_that_has_no_cards_is_named(content: bytes, problem: str, tmp_pat
 
 def test_no_file_and_a_folder_are_named(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.toml")
-    assert "directory" in refusal(tmp_path)
+    assert "is no file" in refusal(tmp_path)
 
 
 def test_usable_is_what_is_seen_less_what_the_desktop_holds() -> None:

@@ -18,6 +18,8 @@ def read_toml(path: Path, table: type[T]) -> T:
         UsageError: naming the file, and the key where one is wrong.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is no file")
         return table.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise UsageError(first_problem(error, path)) from error

@@ -193,7 +193,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise RunFileError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # no UTF-8, or a name that no file can have
         raise RunFileError(f"{path}: is not UTF-8 text") from error
 
 

@@ -86,6 +86,6 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
             else:
                 first, _ = found.get(path.resolve(), (path, True))
                 found[path.resolve()] = first, True
-        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        except (OSError, RuntimeError, ValueError) as error:  # links that lead to each other; a name with a null byte
             raise RunFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     yield from found.values()

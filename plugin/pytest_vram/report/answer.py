@@ -48,7 +48,7 @@ def answer(document: Document, model: str | None, card: Card | None) -> str:
         told = f"{card.visible_gib:g} GiB as PyTorch sees it"
         if card.desktop_reserve_gib:
             told += f", {gib(card.usable_bytes)} beside a desktop"
-        console.print(Text(f"{card.name}: {told}{'; memory only' if card.memory_only else ''}"))
+        console.print(Text(printable(f"{card.name}: {told}{'; memory only' if card.memory_only else ''}")))
         workloads = [workload for workload in document.evidence.choices if workload.model in models]
         verdicts = [best(workload, card, document.evidence) for workload in workloads]
         console.print(_table(verdicts, document, card_column=False))
@@ -57,7 +57,7 @@ def answer(document: Document, model: str | None, card: Card | None) -> str:
         console.print(_table(verdicts, document, card_column=True))
     for name in models[:10]:
         for line in _sentences(document.leads[name], document):
-            console.print(Text(line))
+            console.print(Text(printable(line), overflow="fold"))
     used = dict.fromkeys(verdict.choice.run.path for verdict in verdicts)
     gpus = dict.fromkeys(verdict.choice.run.gpu for verdict in verdicts if verdict.choice.run.gpu)
     if gpus:
@@ -104,7 +104,7 @@ def _table(verdicts: Sequence[Verdict], document: Document, *, card_column: bool
 def _sentences(workload: Workload, document: Document) -> Iterator[str]:
     least = minimum(workload, document.cards, document.evidence)
     good = recommended(workload, document.cards, document.evidence)
-    named = printable(f"{workload.model}, {workload.label}")
+    named = f"{workload.model}, {workload.label}"
     if least is None:
         yield f"{named}: no card of the list runs it."
         return
@@ -114,7 +114,7 @@ def _sentences(workload: Workload, document: Document) -> Iterator[str]:
 
 
 def _said(verdict: Verdict) -> str:
-    with_set = f" with {printable(verdict.choice.name)}" if verdict.choice.name else ""
+    with_set = f" with {verdict.choice.name}" if verdict.choice.name else ""
     tight = ", tightly" if verdict.outcome == "tight" else ""
     guess = ", as estimated" if verdict.estimated else ""
     return f"{verdict.card.memory_gib:g} GB, such as {verdict.card.name},{with_set}{tight}{guess}"

@@ -389,6 +389,7 @@ def _frontier_panel(axes: "Axes", choices: Sequence[Choice]) -> None:
     axes.plot([_gib(c) for c in rest], [c.call_s or 0 for c in rest], "o", color=FAINT, markersize=4)
     look: dict[str, Any] = {"drawstyle": "steps-post", "markersize": 5, "color": COLOURS[0]}
     axes.plot([_gib(c) for c in line], [c.call_s or 0 for c in line], "-s", **look)
+    axes.plot(_gib(plain), plain.call_s or 0, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK)
     largest = max(map(_gib, choices))
     times = [choice.call_s or 0.0 for choice in choices]
     axes.set_yscale("log")

@@ -35,12 +35,14 @@ def read_document(path: Path) -> str:
         UsageError: naming the file, where it is none.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is no file")
         if path.stat().st_size > MAX_DOCUMENT_BYTES:
             raise UsageError(f"{path}: is larger than {MAX_DOCUMENT_BYTES >> 20} MiB; it is no document of pytest-vram")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # no UTF-8, or a name that no file can have
         raise UsageError(f"{path}: is not UTF-8 text") from error
 
 
@@ -60,9 +62,9 @@ def made_from(text: str, path: Path) -> MadeFrom:
 
 @dataclass
 class _Parts:
-    """A Markdown text: its tables by heading, as columns and rows, and its other lines."""
+    """A Markdown text: its tables by heading, each as its columns and rows, and its other lines."""
 
-    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+    tables: dict[str, list[list[list[str]]]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
 
@@ -74,7 +76,10 @@ def differences(document: str, fresh: str, tables: Mapping[str, Table]) -> Itera
     old, new = _parts(document), _parts(fresh)
     for heading, table in sorted(tables.items(), key=lambda item: item[1].title != "Runs"):
         if heading in new.tables:
-            yield from _in_table(heading.lstrip("# "), table.keys, old.tables.get(heading), new.tables[heading])
+            [rows] = new.tables[heading]
+            candidates = old.tables.get(heading, [])  # a team may have put tables of its own below ours
+            same = [found for found in candidates if found[0] == rows[0]] or candidates
+            yield from _in_table(heading.lstrip("# "), table.keys, same[0] if same else None, rows)
     said = set(old.lines)
     for line in new.lines:
         if line not in said and not HEADER.match(line):
@@ -118,15 +123,18 @@ def _by_key(rows: list[list[str]], keys: int) -> dict[tuple[str, ...], list[str]
 
 def _parts(text: str) -> _Parts:
     parts = _Parts()
-    heading = ""
-    for line in text.splitlines():
-        line = line.strip()
+    heading, before = "", ""
+    for line in map(str.strip, text.split("\n")):
         if re.match(r"#{1,6} ", line):
             heading = line
         if line.startswith("|"):
             cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             if not all(re.fullmatch(r":?-+:?", cell) for cell in cells):
-                parts.tables.setdefault(heading, []).append(cells)
+                tables = parts.tables.setdefault(heading, [])
+                if not before.startswith("|"):
+                    tables.append([])
+                tables[-1].append(cells)
         elif line:
             parts.lines.append(line)
+        before = line
     return parts

@@ -206,7 +206,7 @@ class Document:
         memory = choice.record.memory
         kind = "estimated" if choice.estimated else ""
         mark = "~" if choice.estimated else ""
-        needed, compared = choice.required_bytes, plain.required_bytes
+        needed, compared, lost = choice.required_bytes, plain.required_bytes, choice.at_least_bytes
         saved = paid = NOTHING
         if choice is not plain:
             if needed and compared:
@@ -217,7 +217,7 @@ class Document:
         return [
             *self._keys(choice.workload)[1:],
             Cell("", name=choice.name, remark=f"({choice.remark})" if choice.remark else ""),
-            Cell(mark + gib(needed) if needed else f"> {gib(choice.at_least_bytes)}", kind),
+            Cell(f"> {gib(max(lost, needed or 0))}" if lost else mark + gib(needed), kind),
             Cell(saved, kind),
             Cell(gib(memory.nvml_process_peak_bytes)),
             Cell(seconds(choice.call_s)),
@@ -346,4 +346,4 @@ def relative(path: Path, base: Path) -> str:
 
 def seen_from(base: Path, paths: Iterable[Path]) -> list[str]:
     """The paths as seen from `base`, for whoever makes the document again."""
-    return [Path(os.path.relpath(path.resolve(), base.resolve())).as_posix() for path in paths]
+    return [Path(os.path.relpath(path, base)).as_posix() for path in paths]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_vram.report.text import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -81,6 +83,6 @@ def png(figure: "Figure") -> bytes:
 
 def short(text: str, length: int = 42) -> str:
     """A name in one line, its middle left out where it is long."""
-    line = " ".join(text.split())
+    line = printable(text)
     keep = (length - 1) // 2
     return line if len(line) <= length else f"{line[:keep]}…{line[-keep:]}"

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from pytest_vram.records.reading import ReadRun
 from pytest_vram.report.cards import Card
 from pytest_vram.report.document import METHOD, Document, Table
 from pytest_vram.report.explorer import explorer
-from pytest_vram.report.text import code, markdown, printable
+from pytest_vram.report.text import code, markdown
 from pytest_vram.report.workloads import gather
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
     from pytest_vram.report.charts import Chart
 
@@ -116,12 +118,12 @@ class Report:
     def html(self, document: Document, charts: "Sequence[Chart]") -> str:
         """hardware.html, which needs no other file."""
         from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup, escape
+        from markupsafe import Markup
 
         environment = Environment(
             loader=_loader(), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=True
         )
-        environment.filters["breakable"] = lambda text: escape(text).replace("+", Markup("+<wbr>"))
+        environment.filters["breakable"] = _breakable
         templates = Path(__file__).parent / "templates"
         style, script = ((templates / name).read_text(encoding="utf-8") for name in ("hardware.css", "hardware.js"))
         pictures = [{**vars(chart), "base64": base64.b64encode(chart.svg).decode("ascii")} for chart in charts]
@@ -163,9 +165,16 @@ def table_lines(table: Table) -> Raw:
     return Raw("\n".join(lines))
 
 
+def _breakable(text: str) -> "Markup":
+    """A set of optimizations in HTML, which may go to the next line after + and _."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([+_])", r"\1<wbr>", str(escape(text))))
+
+
 def _comment(text: str) -> Raw:
-    """What may stand in a comment of HTML."""
-    return Raw(printable(text).replace("-->", "-- >"))
+    """JSON as it may stand in a comment of HTML."""
+    return Raw(text.replace(">", "\\u003e"))
 
 
 def _line(cells: Any) -> str:
@@ -189,6 +198,9 @@ def _hash(text: str) -> str:
 
 def _write(path: Path, content: bytes) -> Path:
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path

@@ -107,7 +107,12 @@ def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
                 return _fastest(found)
     all_of_them = [verdict for verdicts in judged for verdict in verdicts]
     too_large = [verdict for verdict in all_of_them if verdict.outcome == "no"]
-    return min(too_large or all_of_them, key=lambda verdict: (verdict.estimated, verdict.required_bytes or 1 << 62))
+    return min(too_large or all_of_them, key=_known_best)
+
+
+def _known_best(verdict: Verdict) -> tuple[bool, bool, int]:
+    """Of what does not fit, the order in which it is named."""
+    return verdict.required_bytes is None, verdict.estimated, verdict.required_bytes or 0
 
 
 def _on_its_gpu(workload: Workload, card: Card, evidence: Evidence) -> list[Choice]:

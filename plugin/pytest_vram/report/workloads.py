@@ -67,7 +67,9 @@ class Choice:
     @cached_property
     def estimated(self) -> bool:
         """Whether the need was simulated and not searched."""
-        return self.record.method == "estimated" or self.record.memory.required_bytes is None
+        memory = self.record.memory
+        only_simulated = memory.required_bytes is None and memory.estimated_need_bytes is not None
+        return self.record.method == "estimated" or only_simulated
 
     @cached_property
     def need_bytes(self) -> int | None:

@@ -56,7 +56,7 @@
       cell(line, row[at.batch] ?? "–", "n");
       const set = cell(line, "", "set");
       const name = document.createElement("code");
-      for (const part of row[at.set].split(/(?<=\+)/)) name.append(part, document.createElement("wbr"));
+      for (const part of row[at.set].split(/(?<=[+_])/)) name.append(part, document.createElement("wbr"));
       set.append(name, row[at.remark] ? ` (${row[at.remark]})` : "");
       const verdict = cell(line, "");
       if (card) {
@@ -99,7 +99,9 @@
 
   function restore() {
     const state = new URLSearchParams(location.hash.slice(1));
-    for (const key of ["model", "card", "memory"]) if (state.has(key)) controls[key].value = state.get(key);
+    for (const key of ["model", "card"])
+      if ([...controls[key].options].some((option) => option.value === state.get(key))) controls[key].value = state.get(key);
+    if (Number.isFinite(parseFloat(state.get("memory")))) controls.memory.value = parseFloat(state.get("memory"));
     controls.best.checked = !state.has("all");
     const key = state.get("sort");
     if (key && heads.some((head) => head.dataset.key === key.replace("-", "")))
@@ -108,7 +110,7 @@
 
   const changed = () => { shown = step; render(); remember(); };
   $("controls").addEventListener("submit", (event) => event.preventDefault());
-  for (const control of Object.values(controls)) control.addEventListener("input", changed);
+  for (const control of Object.values(controls)) for (const event of ["input", "change"]) control.addEventListener(event, changed);
   for (const head of heads) head.querySelector("button").addEventListener("click", () => {
     const key = head.dataset.key;
     sort = sort.key === key ? { key, down: !sort.down } : { key, down: false };
