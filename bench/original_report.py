@@ -62,9 +62,9 @@ A card with 2.1 GB ({little} GiB) free runs it with none of the report's flags: 
 """
 
 
-def page() -> str:
-    """The text of the page."""
-    runs, _ = read_runs([ROOT / "results"])
+def page(results: Path) -> str:
+    """The text of the page, from the runs in `results`."""
+    runs, _ = read_runs([results])
     cards = read_cards()
     document = Document(gather(runs), cards, read_models(), ROOT / "docs")
     card = find_card("RTX 3060", cards)
@@ -161,5 +161,5 @@ def _flags(workloads: list[Workload], document: Document) -> Table:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(page(ROOT / "results"), encoding="utf-8")
     print(PAGE)
