@@ -25,7 +25,7 @@ def made(document: Document) -> dict[str, Any]:
 def choices_of(document: Document) -> list[Choice]:
     """Every choice that can be compared."""
     evidence = document.evidence
-    return [choice for workload in evidence.choices for choices in evidence.groups(workload) for choice in choices]
+    return [choice for workload in evidence.choices for _, choices in evidence.groups(workload) for choice in choices]
 
 
 def by_column(made: dict[str, Any]) -> list[dict[str, Any]]:

@@ -244,7 +244,7 @@ def test_several_gpus_and_estimates_are_kept_apart() -> None:
     }
     assert names(evidence.measured(WORKLOAD)) == ["fp16", "bf16"]
     assert names(evidence.estimated(WORKLOAD)) == ["fp16+vae_tiling"], "what was measured anywhere is not estimated"
-    assert [names(group) for group in evidence.groups(WORKLOAD)] == [["fp16", "bf16"], ["fp16"], ["fp16+vae_tiling"]]
+    assert [names(group) for _, group in evidence.groups(WORKLOAD)] == [["fp16", "bf16"], ["fp16"], ["fp16+vae_tiling"]]
 
 
 def test_of_gpus_with_equally_many_choices_the_last_is_the_measured_one() -> None:
@@ -257,7 +257,7 @@ def test_an_estimate_is_no_gpus_even_where_its_run_had_one() -> None:
     evidence = gather([run([estimated()])])
     assert list(evidence.choices[WORKLOAD]) == [None]
     assert evidence.measured(WORKLOAD) == []
-    assert evidence.groups(WORKLOAD) == [evidence.estimated(WORKLOAD)]
+    assert [group for _, group in evidence.groups(WORKLOAD)] == [evidence.estimated(WORKLOAD)]
 
 
 @pytest.mark.parametrize("kind", [measured, out_of_memory, estimated])
@@ -308,7 +308,7 @@ def test_what_failed_is_said_where_nothing_else_is_known(kind: str) -> None:
 def test_what_failed_is_not_said_where_something_is_known(kind: str, known: Record, order: int) -> None:
     evidence = gather([run([known]), run([FAILED[kind]], gpu=RTX_4090)][::order])
     assert evidence.failed == []
-    assert [found.record for found in evidence.groups(WORKLOAD)[0]] == [known]
+    assert [found.record for found in evidence.groups(WORKLOAD)[0][1]] == [known]
 
 
 def test_what_is_known_of_another_set_or_workload_excuses_no_failure() -> None:
@@ -476,3 +476,10 @@ def test_what_is_not_on_the_frontier_is_beaten_by_something_that_is() -> None:
     for one in set(found) - set(kept):
         required, seconds = figures(one)
         assert any(figures(k)[0] <= required and figures(k)[1] <= seconds * SAME_TIME for k in kept)
+
+
+def test_estimates_are_compared_with_what_was_measured() -> None:
+    evidence = gather([run([measured("fp16"), measured("bf16")]), run([estimated("fp16+vae_tiling")], gpu=None)])
+    assert [plain.name for plain, _ in evidence.groups(WORKLOAD)] == ["fp16", "fp16"]
+    alone = gather([run([estimated("fp16+vae_tiling"), estimated("bf16")], gpu=None)])
+    assert [plain.name for plain, _ in alone.groups(WORKLOAD)] == ["bf16"]

@@ -13,7 +13,7 @@ from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.text import display_name, gib, seconds, signed
 from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, Verdict, best, largest, minimum, recommended
-from pytest_vram.report.workloads import Choice, Evidence, Workload, baseline, frontier, lead
+from pytest_vram.report.workloads import Choice, Evidence, Workload, frontier, lead
 
 NOTHING = "–"
 LIKE_BYTES = 12 << 20  # cards whose usable memory is written with the same two digits
@@ -188,8 +188,8 @@ class Document:
         """What each set costs and buys, for each workload of a model."""
         rows = []
         for workload in (workload for workload in self.evidence.choices if workload.model == model):
-            for choices in self.evidence.groups(workload):
-                plain, edge = baseline(choices), frontier(choices)
+            for plain, choices in self.evidence.groups(workload):
+                edge = frontier(choices)
                 ordered = sorted(choices, key=lambda choice: (-(choice.required_bytes or 0), choice.name))
                 rows += [self._requirement(choice, plain, choice in edge) for choice in ordered]
         columns = (

@@ -6,7 +6,7 @@ from typing import Any
 from pytest_vram.report.cards import GIB, NATIVE_FROM, Card
 from pytest_vram.report.document import Document
 from pytest_vram.report.verdicts import Outcome, best, judge
-from pytest_vram.report.workloads import Choice, Evidence, Workload, baseline
+from pytest_vram.report.workloads import Choice, Evidence, Workload
 
 LETTERS: dict[Outcome, str] = {"fits": "f", "tight": "t", "no": "n", "unsupported": "u"}
 COLUMNS = ("model", "size", "pixels", "batch", "set", "required", "estimated", "saved", "shown", "seconds", "slowdown",
@@ -39,8 +39,7 @@ def _class(card: Card, evidence: Evidence) -> Hashable:
 def _rows(workload: Workload, cards: list[Card], document: Document) -> list[list[Any]]:
     taken = [best(workload, card, document.evidence).choice for card in cards]
     rows = []
-    for choices in document.evidence.groups(workload):
-        plain = baseline(choices)
+    for plain, choices in document.evidence.groups(workload):
         for choice in choices:
             letters = (
                 letter.upper() if choice is take else letter

@@ -153,7 +153,7 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
         return verdict.call_s <= SAME_TIME * fastest[verdict.choice.run.gpu]
 
     fastest: dict[str | None, float] = {}  # by GPU: times of two GPUs say nothing of each other
-    for choices in evidence.groups(workload):
+    for _, choices in evidence.groups(workload):
         for choice in without_idle_flags(choices):
             gpu = choice.run.gpu
             if choice.call_s is not None and any(judge(choice, card).runs for card in cards):

@@ -162,11 +162,13 @@ class Evidence:
         measured = {names for gpu, sets in by_gpu.items() if gpu is not None for names in sets}
         return [choice for names, choice in by_gpu.get(None, {}).items() if names not in measured]
 
-    def groups(self, workload: Workload) -> list[list[Choice]]:
-        """What can be compared with each other: the choices of each GPU, and the estimates."""
+    def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
+        """The choices of each GPU, and the estimates, each group after the choice that it is compared with."""
         measured = [list(sets.values()) for gpu, sets in self.choices[workload].items() if gpu is not None]
-        estimated = self.estimated(workload)
-        return [*measured, estimated] if estimated else measured
+        groups = [(baseline(choices), choices) for choices in measured]
+        if estimated := self.estimated(workload):
+            groups.append((baseline([*self.measured(workload), *estimated]), estimated))
+        return groups
 
     def models(self) -> list[str]:
         """The models in the order of their names."""
