@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 INK, PAPER, FAINT = "#1f2328", "#ffffff", "#8b929a"
 # Middle tones, which stand out from white and from black; hatches, markers and dashes tell them apart in grey.
 COLOURS = ("#3576c4", "#cf7a12", "#2f9667", "#b84f8c", "#7a68c9", "#9a7b1c")
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "||||")
+HATCHES = ("", "///", "..", "xxx", "\\\\\\", "||")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
