@@ -37,6 +37,7 @@ class Chart:
     caption: str
     svg: bytes
     png: bytes
+    wide: bool
 
 
 def draw(facts: Facts) -> list[Chart]:
@@ -47,7 +48,8 @@ def draw(facts: Facts) -> list[Chart]:
             figure = function(facts)
             if figure is not None:
                 name = function.__name__.replace("_", "-")
-                drawn.append(Chart(name, title, caption, svg(figure), png(figure)))
+                wide = figure.get_figwidth() > 2.2 * figure.get_figheight()
+                drawn.append(Chart(name, title, caption, svg(figure), png(figure), wide))
     return drawn
 
 
