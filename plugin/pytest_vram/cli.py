@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def _show(columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -109,7 +109,7 @@ def cards(
     as_json: Json = False,
 ) -> None:
     """The GPUs that verdicts are given for, least memory first. GiB, GB/s, TFLOP/s (dense)."""
-    from pytest_vram.report.cards import read_cards
+    from pytest_vram.report.cards import PACKAGED, read_cards
     from pytest_vram.report.text import gib, printable
 
     found = read_cards(*(more or []))
@@ -120,20 +120,22 @@ def cards(
     def figure(value: float | None) -> str:
         return "–" if value is None else f"{value:g}"
 
-    columns = ["card", "kind", "box", "seen", "usable", "GB/s", "fp16", "bf16", "fp8", "capability"]
+    columns = ["card", "kind", "box", "seen", "usable", "GB/s", "fp16", "bf16", "fp8", "CUDA"]
     rows = [
         [
             printable(card.name),
-            card.kind + (", memory only" if card.memory_only else ""),
+            card.kind,
             *(f"{gib:g}" for gib in (card.memory_gib, card.visible_gib)),
             gib(card.usable_bytes),
             *map(figure, (card.bandwidth_gb_s, card.fp16_tflops, card.bf16_tflops, card.fp8_tflops)),
-            card.compute_capability or "–",
+            card.compute_capability or "none",
         ]
         for card in found
     ]
     _show(columns, rows)
-    typer.echo("seen: by PyTorch. usable: seen, less what a desktop holds. memory only: no CUDA, speed not judged.")
+    typer.echo("seen: by PyTorch. usable: seen, less what a desktop holds. CUDA: compute capability; without, only")
+    typer.echo("the memory is judged. Add your own with --cards FILE, in the form of")
+    typer.echo(str(PACKAGED))
 
 
 @app.command()
@@ -145,6 +147,7 @@ def report(
     model: Annotated[str | None, typer.Option(help="The short answer for this model; nothing is written.")] = None,
     card: Annotated[str | None, typer.Option(help="The short answer for this card; nothing is written.")] = None,
     more: Annotated[list[Path] | None, typer.Option("--cards", metavar="FILE", help=CARDS_HELP)] = None,
+    headless: Annotated[bool, typer.Option("--headless", help="No desktop holds memory of any card.")] = False,
 ) -> None:
     """Write the hardware-requirements document from run files: HARDWARE.md, hardware.html, charts, CSV and Parquet.
 
@@ -157,11 +160,11 @@ def report(
 
     paths, own = runs or [Path("results")], more or []
     if model is None and card is None:
-        made = MadeFrom(seen_from(out, paths), seen_from(out, own))
-        for path in _report(paths, own, out, made.header()).write():
+        made = MadeFrom(seen_from(out, paths), seen_from(out, own), headless)
+        for path in _report(paths, own, out, headless, made.header()).write():
             typer.echo(path)
         return
-    made_report = _report(paths, own, out)
+    made_report = _report(paths, own, out, headless)
     document = made_report.document()
     found = find_model(model, document) if model is not None else None
     typer.echo(answer(document, found, find_card(card, made_report.cards) if card is not None else None))
@@ -179,7 +182,7 @@ def check(
     text = read_document(document)
     made = made_from(text, document)
     runs, own = ([document.parent / name for name in names] for names in (made.runs, made.cards))
-    report = _report(runs, own, document.parent, made.header())
+    report = _report(runs, own, document.parent, made.headless, made.header())
     fresh = report.document()
     found = list(differences(text, report.markdown(fresh, ()), report.tables(fresh)))
     for line in found[:most]:
@@ -191,7 +194,7 @@ def check(
     typer.echo(f"{document}: agrees with {len(report.runs)} runs")
 
 
-def _report(runs: list[Path], cards: list[Path], folder: Path, header: str = "") -> "Report":
+def _report(runs: list[Path], cards: list[Path], folder: Path, headless: bool, header: str = "") -> "Report":
     """What the runs say; notes of the reading go to standard error."""
     from pytest_vram.cases.models import read_models
     from pytest_vram.records.reading import read_runs
@@ -202,7 +205,7 @@ def _report(runs: list[Path], cards: list[Path], folder: Path, header: str = "")
     found, notes = read_runs(runs)
     for note in notes:
         typer.echo(printable(note), err=True)
-    return Report(found, read_cards(*cards), read_models(), folder, header)
+    return Report(found, read_cards(*cards, headless=headless), read_models(), folder, header)
 
 
 def main() -> None:

@@ -24,4 +24,4 @@ def read_toml(path: Path, table: type[T]) -> T:
     except ValidationError as error:
         raise UsageError(first_problem(error, path)) from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number of 5000 digits
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,6 +1,7 @@
 """Many run files at once: found in folders, read without trust, in the order in which they were made."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,11 @@ class ReadRun:
     @property
     def records(self) -> list[Record]:
         return self.run.records
+
+    @property
+    def name(self) -> str:
+        """The file's name; what is no text in it becomes `?`."""
+        return os.fsencode(self.path.name).decode("utf-8", "replace").replace("\ufffd", "?")
 
     @property
     def gpu(self) -> str | None:
@@ -66,6 +72,10 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[ReadRun], list[str]]:
             if named:
                 raise
             notes.append(f"passed over {error}")
+        except RunFileError as error:
+            if named:
+                raise
+            raise RunFileError(f"{error}; move it away, and the other runs of the folder are read") from error
         notes += [f"{path}: {problem}; this record is left out" for problem in refused]
     if not runs:
         where = ", ".join(str(path) for path in paths)

@@ -14,13 +14,15 @@ from pytest_vram.errors import UsageError
 
 GIB = 1 << 30
 PACKAGED = Path(__file__).parent / "cards.toml"
+WITH_A_SCREEN = ("desktop", "laptop", "workstation")
+DESKTOP_GIB = 1.0  # what a desktop holds: see the head of cards.toml
 NATIVE_FROM = {"bf16": (8, 0), "fp8": (8, 9)}  # the first compute capability whose hardware has the dtype
 
 Positive = Field(default=None, gt=0)
 
 
 class Card(BaseModel):
-    """One GPU on the market; `cards.toml` explains the keys and names the source of each figure."""
+    """One GPU on the market; `cards.toml` explains the keys, and says of each figure where it is from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -36,7 +38,7 @@ class Card(BaseModel):
     bf16_tflops: float | None = Positive
     fp8_tflops: float | None = Positive
     compute_capability: str | None = Field(default=None, pattern=r"^\d{1,2}\.\d$")
-    desktop_reserve_gib: float = Field(default=0.0, ge=0, le=16)
+    desktop_reserve_gib: float = Field(default=0.0, ge=0, le=16)  # of a kind with a screen 1.0, where it is not given
     headline: bool = False
 
     @cached_property
@@ -79,8 +81,10 @@ class _Cards(BaseModel):
     cards: tuple[Card, ...] = Field(min_length=1)
 
 
-def read_cards(*files: Path) -> list[Card]:
+def read_cards(*files: Path, headless: bool = False) -> list[Card]:
     """The packaged cards and those of `files`, smallest memory first; a later card replaces one of the same name.
+
+    On a `headless` machine no desktop holds anything of any card.
 
     Raises:
         UsageError: naming the file and the key.
@@ -89,12 +93,16 @@ def read_cards(*files: Path) -> list[Card]:
     for path in (PACKAGED, *files):
         for number, card in enumerate(read_toml(path, _Cards).cards):
             where = f"{path}: cards.{number}"
+            if "desktop_reserve_gib" not in card.model_fields_set and card.kind in WITH_A_SCREEN:
+                card = card.model_copy(update={"desktop_reserve_gib": DESKTOP_GIB})
             if card.visible_gib <= card.desktop_reserve_gib:
                 raise UsageError(f"{where}.desktop_reserve_gib: leaves nothing of the {card.visible_gib:g} GiB visible")
             if card.visible_gib > card.memory_gib:
                 raise UsageError(f"{where}.visible_gib: is above memory_gib, {card.memory_gib:g}")
             if path != PACKAGED:
                 card = card.model_copy(update={"headline": True})  # a team's own cards are what it asks about
+            if headless:
+                card = card.model_copy(update={"desktop_reserve_gib": 0.0})
             cards[_key(card.name)] = card
     return sorted(cards.values(), key=lambda card: (card.usable_bytes, card.name))
 

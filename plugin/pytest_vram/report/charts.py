@@ -6,17 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.drawing import COLOURS, DASHES, FAINT, HATCHES, INK, MARKERS, PAPER, png, short, style, svg
-from pytest_vram.report.verdicts import best
-from pytest_vram.report.workloads import DTYPES, Choice, Evidence, Workload, baseline, frontier
+from pytest_vram.report.verdicts import WORDS, best
+from pytest_vram.report.workloads import DTYPES, SAME_TIME, Choice, Evidence, Workload, baseline, frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_ROWS, MOST_LINES, MOST_PANELS = 24, 6, 9  # a chart shows no more, and says so; the tables have everything
-FILLS = {"fits": "#1a7f4b", "tight": "#e3b341", "no": "#f0f1f3", "unsupported": "#c9cdd2"}
-FILL_INKS = {"fits": "#ffffff", "tight": "#1b1f24", "no": "#57606a", "unsupported": "#1b1f24"}
-WORDS = {"fits": "fits", "tight": "tight", "no": "no", "unsupported": "–"}
+MOST_ROWS, MOST_CARDS, MOST_LINES, MOST_PANELS = (
+    24,
+    16,
+    6,
+    9,
+)  # a chart shows no more, and says so; the tables have everything
+FILLS = {"fits": "#1a7f4b", "tight": "#e3b341", "no": "#f0f1f3", "unsupported": "#c9cdd2", "unknown": "#c9cdd2"}
+FILL_INKS = {"fits": "#ffffff", "tight": "#1b1f24", "no": "#57606a", "unsupported": "#1b1f24", "unknown": "#1b1f24"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,12 @@ def draw(facts: Facts) -> list[Chart]:
 
 def models_on_cards(facts: Facts) -> "Figure | None":
     """A heat map: which model runs on which card, and with which flags."""
-    rows, cards = list(facts.leads.values()), [card for card in facts.cards if card.headline][:16]
+    rows, cards = list(facts.leads.values()), [card for card in facts.cards if card.headline]
     if not (rows and cards):
         return None
     rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS
-    figure, axes = _figure(width=2.4 + 0.92 * len(cards), height=1.5 + 0.56 * len(rows))
+    cards, more_cards = cards[:MOST_CARDS], len(cards) - MOST_CARDS
+    figure, axes = _figure(width=2.4 + 1.0 * len(cards), height=1.5 + 0.66 * len(rows))
     from matplotlib.patches import Rectangle
 
     for place, workload in enumerate(rows):
@@ -70,13 +75,13 @@ def models_on_cards(facts: Facts) -> "Figure | None":
             if verdict.estimated and verdict.runs:
                 frame = Rectangle((column - 0.44, place - 0.41), 0.88, 0.82, fill=False, edgecolor=ink, linestyle="--")
                 axes.add_patch(frame)
-            flags = [short(name.replace("_", " "), 20) for name in verdict.choice.flags] if verdict.runs else []
-            flags = [*flags[:2], f"and {len(flags) - 2} more"] if len(flags) > 3 else flags
+            names = [short(name.replace("_", " "), 20) for name in verdict.choice.optimizations] if verdict.runs else []
+            names = [*names[:2], f"and {len(names) - 2} more"] if len(names) > 3 else names
             word = ("~" if verdict.estimated else "") + WORDS[verdict.outcome]
-            axes.text(column, place, word, ha="center", va="bottom" if flags else "center", color=ink, fontsize=8)
-            axes.text(column, place + 0.05, "\n".join(flags), ha="center", va="top", color=ink, fontsize=5.5)
-    names = [f"{short(card.name.replace('GeForce ', ''), 22)}\n{card.memory_gib:g} GB" for card in cards]
-    axes.set_xticks(range(len(cards)), names, rotation=35, ha="left", rotation_mode="anchor", fontsize=7.5)
+            axes.text(column, place, word, ha="center", va="bottom" if names else "center", color=ink, fontsize=9)
+            axes.text(column, place + 0.03, "\n".join(names), ha="center", va="top", color=ink, fontsize=6.5)
+    titles = [f"{short(card.name.replace('GeForce ', ''), 22)}\n{card.memory_gib:g} GB" for card in cards]
+    axes.set_xticks(range(len(cards)), titles, rotation=35, ha="left", rotation_mode="anchor", fontsize=8)
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(rows)), [_two_lines(workload) for workload in rows], fontsize=8)
     axes.set_xlim(-0.5, len(cards) - 0.5)
@@ -85,7 +90,7 @@ def models_on_cards(facts: Facts) -> "Figure | None":
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel(_more("", more, "models"))
+    axes.set_xlabel(_more(_more("", more, "models"), more_cards, "cards"))
     return figure
 
 
@@ -103,11 +108,15 @@ def required_by_model(facts: Facts) -> "Figure | None":
             axes.barh(place, part, left=left, alpha=0.55 if choice.estimated else 1.0, **look)
             left += part
         axes.text(left, place, f" {'~' if choice.estimated else ''}{left:.1f}", va="center")
-        least = min(choices, key=_gib)
+        least = min((*choices, *_known(facts.evidence.estimated(choice.workload))), key=_gib)
         if least is not choice:
             x = _gib(least)
             axes.plot(x, place, "D", color=PAPER, markeredgecolor=INK, markersize=6, zorder=5)
-            axes.annotate(f"{x:.1f} {_beside(least, choice)}", (max(x, 0.5), place - 0.43), fontsize=7)
+            axes.annotate(
+                f"{'~' if least.estimated else ''}{x:.1f} {_beside(least, choice)}",
+                (max(x, 0.5), place - 0.43),
+                fontsize=7,
+            )
     axes.set_yticks(range(len(rows)), [_two_lines(workload, baseline(choices).name) for workload, choices in rows])
     axes.set_ylim(len(rows) - 0.4, -0.7)
     axes.set_xlabel(_more("required memory, GiB (diamond: the set that requires least)", more, "models"))
@@ -119,7 +128,7 @@ def shown_and_needed(facts: Facts) -> "Figure | None":
     """Required memory, and the peak that nvidia-smi shows of the same case with room."""
     pairs = []
     for workload in facts.evidence.choices:
-        measured = [choice for choice in facts.evidence.measured(workload) if not choice.estimated]
+        measured = [choice for choice in _known(facts.evidence.measured(workload)) if not choice.estimated]
         peak = (choice := baseline(measured)).record.memory.nvml_process_peak_bytes if measured else None
         if peak:
             pairs.append((choice, _gib(choice), peak / GIB))
@@ -167,7 +176,8 @@ def frontiers(facts: Facts) -> "Figure | None":
     """A panel a model: each set by required memory and time; the line joins those that no other beats in both."""
     panels = []
     for workload in facts.leads.values():
-        choices = [choice for choice in facts.evidence.measured(workload) if not choice.estimated and choice.call_s]
+        measured = _known(facts.evidence.measured(workload))
+        choices = [choice for choice in measured if not choice.estimated and choice.call_s]
         if len(choices) > 1:
             panels.append((workload, choices))
     if not panels:
@@ -261,7 +271,12 @@ CHARTS: tuple[tuple[Callable[[Facts], "Figure | None"], str, str], ...] = (
     ),
     (memory_by_batch, "Required memory by batch size", _CARD_LINES),
     (memory_by_resolution, "Required memory by resolution", _CARD_LINES),
-    (frontiers, "Memory and time", "Each point is a set; the line joins those that no other beats in both."),
+    (
+        frontiers,
+        "Memory and time",
+        "Each point is a set, the circle the plain dtype. The line joins those that are more than "
+        f"{SAME_TIME:g} times faster than all that require less.",
+    ),
     (phases, "Phases", "Where the memory peaks, and where the time goes."),
     (estimates, "Estimate and measurement", "The need as simulated with no GPU, against the need that was searched."),
 )
@@ -292,8 +307,12 @@ def _one_line(choice: Choice) -> str:
 
 def _choices(workload: Workload, facts: Facts) -> list[Choice]:
     """The measured choices of a workload, else the estimated ones."""
-    measured = [choice for choice in facts.evidence.measured(workload) if choice.need_bytes]
-    return measured or [choice for choice in facts.evidence.estimated(workload) if choice.need_bytes]
+    return _known(facts.evidence.measured(workload)) or _known(facts.evidence.estimated(workload))
+
+
+def _known(choices: Iterable[Choice]) -> list[Choice]:
+    """Those whose required memory is known."""
+    return [choice for choice in choices if choice.required_bytes]
 
 
 def _parts(choice: Choice) -> tuple[float, float, float]:
@@ -333,12 +352,12 @@ def _lines(facts: Facts, belongs: Callable[[Workload, Workload], bool], x: Calla
     """A line for each model and dtype that has two points or more."""
     lines = []
     for model, lead in facts.leads.items():
-        own = [w for w in facts.evidence.choices if w.model == model and w.width and belongs(w, lead)]
+        own = [w for w in facts.evidence.subjects[model] if w.width and belongs(w, lead)]
         for dtype in DTYPES:
             found: dict[float, Choice] = {}
             for workload in own:
                 for choice in (*facts.evidence.estimated(workload), *facts.evidence.measured(workload)):
-                    if choice.optimizations == (dtype,) and choice.need_bytes:
+                    if choice.optimizations == (dtype,) and choice.required_bytes:
                         found[x(workload)] = choice
             if len(found) > 1:
                 places = sorted(found)

@@ -22,6 +22,7 @@ class MadeFrom:
 
     runs: list[str]
     cards: list[str]
+    headless: bool = False
 
     def header(self) -> str:
         """The comment's text that says so in the document."""
@@ -76,10 +77,12 @@ def differences(document: str, fresh: str, tables: Mapping[str, Table]) -> Itera
     old, new = _parts(document), _parts(fresh)
     for heading, table in sorted(tables.items(), key=lambda item: item[1].title != "Runs"):
         if heading in new.tables:
-            [rows] = new.tables[heading]
-            candidates = old.tables.get(heading, [])  # a team may have put tables of its own below ours
-            same = [found for found in candidates if found[0] == rows[0]] or candidates
-            yield from _in_table(heading.lstrip("# "), table.keys, same[0] if same else None, rows)
+            for number, rows in enumerate(new.tables[heading]):  # two models may be written alike
+                candidates = old.tables.get(heading, [])  # a team may have put tables of its own below ours
+                same = [found for found in candidates if found[0] == rows[0]] or candidates
+                yield from _in_table(
+                    heading.lstrip("# "), table.keys, same[number] if number < len(same) else None, rows
+                )
     said = set(old.lines)
     for line in new.lines:
         if line not in said and not HEADER.match(line):

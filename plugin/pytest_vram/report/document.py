@@ -12,12 +12,11 @@ from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.text import display_name, gib, seconds, signed
-from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, Verdict, best, largest, minimum, recommended
-from pytest_vram.report.workloads import Choice, Evidence, Workload, frontier, lead
+from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, WORDS, Verdict, best, largest, minimum, recommended
+from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, against, frontier, lead
 
 NOTHING = "–"
 LIKE_BYTES = 12 << 20  # cards whose usable memory is written with the same two digits
-WORDS = {"fits": "fits", "tight": "tight", "no": "no", "unsupported": NOTHING}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     keys: int
-    note: str = ""
 
 
 METHOD = {
@@ -53,8 +51,11 @@ METHOD = {
     "holds.",
     "Other cards": "the context counts as it was measured, but as no less than "
     f"{ASSUMED_CONTEXT_BYTES >> 20} MiB; {FREE_SHARE * 100:.0f} % of what the card gives must stay free.",
+    "Which set": f"the fastest that fits. A call of the same differs by up to {SAME_TIME:g} times from run to run: of "
+    "the sets closer than that, the one with fewest flags is taken, then the one that requires least.",
     "Estimated": f"the need as simulated with no GPU; another {ESTIMATE_SHARE * 100:.0f} % of it must stay free.",
     "Radeon, Arc": "without CUDA only the memory is judged.",
+    "Seconds": "medians over all runs of the same software on such a GPU; the first run named is that of the memory.",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
     "Host, disk": "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in "
     "the dtype they run in, without what else a repository holds.",
@@ -67,10 +68,7 @@ class Document:
     def __init__(self, evidence: Evidence, cards: Sequence[Card], models: Mapping[str, Model], base: Path) -> None:
         self.evidence, self.cards, self.base = evidence, cards, base
         self.headline = [card for card in cards if card.headline]
-        workloads = list(evidence.choices)
-        self.leads: dict[str, Workload] = {}
-        for model in evidence.models():
-            self.leads[model] = lead(model, workloads, evidence, models)
+        self.leads = {subject: lead(subject, evidence, models) for subject in evidence.subjects}
         self.tags = {run.path: f"R{number}" for number, run in enumerate(evidence.runs, 1)}
 
     # The runs
@@ -78,7 +76,7 @@ class Document:
     def runs(self) -> Table:
         """The run files, by the tags that every row names."""
         columns = ("run", "file", "GPU", "software", "commit", "date", "cases", "remarks")
-        return Table("Runs", columns, [self._run(run) for run in self.evidence.runs], 1)
+        return Table("Runs", columns, [self._run(run) for run in self.evidence.runs], 2)
 
     def _run(self, run: ReadRun) -> list[Cell]:
         environment = run.run.environment
@@ -101,13 +99,17 @@ class Document:
             Cell("; ".join(remarks)),
         ]
 
-    def tag(self, choice: Choice) -> str:
-        """The run that a choice comes from."""
-        return self.tags[choice.run.path]
+    def tag(self, *choices: Choice) -> str:
+        """The runs that the figures of choices come from, each once: those of memory first."""
+        return " ".join(dict.fromkeys(self.tags[run.path] for choice in choices for run in choice.runs))
 
     def name(self, workload: Workload) -> str:
-        """The model with its aliases."""
+        """The model with its aliases; of a pipeline of one's own the test's file."""
         return display_name(workload.model, self.evidence.aliases)
+
+    def title(self, subject: str) -> str:
+        """The model with its aliases, or the test of a pipeline of one's own."""
+        return display_name(subject, self.evidence.aliases)
 
     @property
     def estimates(self) -> bool:
@@ -115,45 +117,58 @@ class Document:
         return any(self.evidence.estimated(workload) for workload in self.evidence.choices)
 
     @property
+    def elsewhere_mib(self) -> int:
+        """By how much the assumed context is above the least one that was measured."""
+        contexts = [
+            context
+            for workload in self.evidence.choices
+            for choices in self.evidence.by_gpu(workload)
+            for choice in choices
+            if (context := choice.record.memory.context_bytes)
+        ]
+        return max(0, ASSUMED_CONTEXT_BYTES - min(contexts, default=ASSUMED_CONTEXT_BYTES)) >> 20
+
+    @property
     def gpus(self) -> list[str]:
         """The GPUs that were measured."""
-        return list(dict.fromkeys(run.gpu for run in self.evidence.runs if run.gpu))
+        known = (
+            choice.gpu for workload in self.evidence.choices for one in self.evidence.by_gpu(workload) for choice in one
+        )
+        return sorted({gpu for gpu in known if gpu is not None})
 
     # Answers
 
     def answers(self) -> list[dict[str, Any]]:
         """For each model: the smallest card that runs it, and the smallest that runs it well."""
         found = []
-        for model, workload in self.leads.items():
+        for subject, workload in self.leads.items():
             least = minimum(workload, self.cards, self.evidence)
             good = recommended(workload, self.cards, self.evidence)
             found.append(
                 {
-                    "model": display_name(model, self.evidence.aliases),
-                    "workload": workload.label,
-                    "minimum": least and self.said(least),
-                    "recommended": good and self.said(good),
+                    "model": self.title(subject),
+                    "workload": workload.label if workload.width else "",
+                    "minimum": least and self.said(least, workload),
+                    "recommended": good and self.said(good, workload),
                     "same": bool(least and good and least.card is good.card and least.choice is good.choice),
                 }
             )
         return found
 
-    def said(self, verdict: Verdict) -> dict[str, Any]:
-        """What sentences say of a verdict."""
-        choice = verdict.choice
+    def said(self, verdict: Verdict, workload: Workload) -> dict[str, Any]:
+        """What sentences say of a verdict on a workload."""
+        choice, required = verdict.choice, verdict.required_bytes
+        so = [", tightly"] if verdict.outcome == "tight" else []
+        so.append(
+            f": required {'~' if verdict.estimated else ''}{gib(required)} of {gib(verdict.card.usable_bytes)} GiB"
+        )
+        so += [f", {seconds(verdict.call_s)} s on {choice.gpu}"] if verdict.call_s is not None else []
+        so += [f" ({choice.workload.label})"] if choice.workload != workload else []
         return {
             "card": verdict.card.name,
             "memory": f"{verdict.card.memory_gib:g} GB",
             "set": choice.name,
-            "so": "".join(
-                (
-                    ", tightly" if verdict.outcome == "tight" else "",
-                    f": required {'~' if verdict.estimated else ''}{gib(verdict.required_bytes)}",
-                    f" of {gib(verdict.card.usable_bytes)} GiB",
-                    f", {seconds(verdict.call_s)} s on {choice.run.gpu}" if verdict.call_s is not None else "",
-                    f" ({self.tag(choice)})",
-                )
-            ),
+            "so": f"{''.join(so)} ({self.tag(choice)})",
             "host": gib(choice.host_bytes) if choice.host_bytes is not None else None,
             "disk": gib(choice.disk_bytes) if choice.disk_bytes is not None else None,
         }
@@ -165,116 +180,96 @@ class Document:
         rows = []
         for workload in self.evidence.choices if workloads is None else workloads:
             verdicts = [best(workload, card, self.evidence) for card in self.headline]
-            used = dict.fromkeys(self.tag(v.choice) for v in verdicts)
-            rows.append([*self._keys(workload), *map(self.verdict_cell, verdicts), Cell(" ".join(used))])
+            cells = [self.verdict_cell(verdict, workload) for verdict in verdicts]
+            runs = self.tag(*(verdict.choice for verdict in verdicts))
+            rows.append([*self._keys(workload), *cells, Cell(runs, "runs")])
         columns = [f"{c.name}, {gib(c.usable_bytes)}" for c in self.headline]
         return Table("Models on cards", ["model", "size", "batch", *columns, "runs"], rows, 3)
 
-    def verdict_cell(self, verdict: Verdict) -> Cell:
-        """`fits` with the flags it takes; `~` marks an estimate."""
-        mark = "~" if verdict.estimated else ""
-        text = mark + WORDS[verdict.outcome]
+    def verdict_cell(self, verdict: Verdict, workload: Workload) -> Cell:
+        """`fits` with the flags it takes; `~` marks an estimate. A choice for a larger workload says so."""
+        text = ("~" if verdict.estimated else "") + WORDS[verdict.outcome]
+        kind = verdict.outcome + (" estimated" if verdict.estimated else "")
         name = verdict.choice.name if verdict.runs else ""
-        note = f"{verdict.choice.name}: required {gib(verdict.required_bytes)} GiB" if verdict.required_bytes else ""
-        note += f"; {verdict.reason}" if verdict.reason else ""
-        return Cell(
-            text,
-            verdict.outcome + (" estimated" if verdict.estimated else ""),
-            f"{note} [{self.tag(verdict.choice)}]",
-            name,
-        )
+        note = f"{verdict.choice.name}: required {gib(verdict.required_bytes)} GiB; " if verdict.required_bytes else ""
+        note += f"{verdict.reason}; " if verdict.reason else ""
+        larger = verdict.runs and verdict.choice.workload != workload
+        remark = f"(from {verdict.choice.workload.label})" if larger else ""
+        return Cell(text, kind, note + self.tag(verdict.choice), name, remark)
 
-    def requirements(self, model: str) -> Table:
+    def requirements(self, subject: str) -> Table:
         """What each set costs and buys, for each workload of a model."""
         rows = []
-        for workload in (workload for workload in self.evidence.choices if workload.model == model):
+        for workload in self.evidence.subjects[subject]:
             for plain, choices in self.evidence.groups(workload):
                 edge = frontier(choices)
                 ordered = sorted(choices, key=lambda choice: (-(choice.required_bytes or 0), choice.name))
                 rows += [self._requirement(choice, plain, choice in edge) for choice in ordered]
         columns = (
             "size", "batch", "optimizations", "required GiB", "saved", "nvidia-smi GiB", "s", "paid", "at need",
-            "frontier", "host GiB", "disk GiB", "run",
+            "frontier", "host GiB", "disk GiB", "runs",
         )  # fmt: skip
-        return Table(display_name(model, self.evidence.aliases), columns, rows, 3)
+        return Table(self.title(subject), columns, rows, 3)
 
     def all_requirements(self) -> list[Table]:
         """That of every model."""
         return [self.requirements(model) for model in self.leads]
 
     def _requirement(self, choice: Choice, plain: Choice, on_the_edge: bool) -> list[Cell]:
-        memory = choice.record.memory
-        kind = "estimated" if choice.estimated else ""
-        mark = "~" if choice.estimated else ""
-        needed, compared, lost = choice.required_bytes, plain.required_bytes, choice.at_least_bytes
-        saved = paid = NOTHING
-        if choice is not plain:
-            if needed and compared:
-                saved = signed((compared - needed) / GIB)
-            if choice.call_s and plain.call_s:
-                paid = signed(choice.call_s - plain.call_s)
-        slower = f"×{choice.slowdown:.2f}" if choice.slowdown else NOTHING
+        kind, mark = ("estimated", "~") if choice.estimated else ("", "")
+        needed, lost = choice.required_bytes, choice.at_least_bytes
+        saved, paid = against(choice, plain)
         return [
             *self._keys(choice.workload)[1:],
             Cell("", name=choice.name, remark=f"({choice.remark})" if choice.remark else ""),
             Cell(f"> {gib(max(lost, needed or 0))}" if lost else mark + gib(needed), kind),
-            Cell(saved, kind),
-            Cell(gib(memory.nvml_process_peak_bytes)),
+            Cell(NOTHING if saved is None else signed(saved / GIB), kind),
+            Cell(gib(choice.record.memory.nvml_process_peak_bytes)),
             Cell(seconds(choice.call_s)),
-            Cell(paid),
-            Cell(slower),
+            Cell(NOTHING if paid is None else signed(paid)),
+            Cell(f"×{choice.slowdown:.2f}" if choice.slowdown else NOTHING),
             Cell("●" if on_the_edge else ""),
             Cell(gib(choice.host_bytes)),
             Cell(gib(choice.disk_bytes)),
-            Cell(self.tag(choice)),
+            Cell(self.tag(choice), "runs"),
         ]
 
     def largest(self) -> Table:
         """For each model and card the largest batch at the lead size, and the largest size at the smallest batch."""
         rows = []
-        for model, first in self.leads.items():
-            own = [workload for workload in self.evidence.choices if workload.model == model and workload.width]
+        for subject, first in self.leads.items():
+            own = [workload for workload in self.evidence.subjects[subject] if workload.width]
             at_size = [w for w in own if (w.width, w.height, w.frames) == (first.width, first.height, first.frames)]
             at_batch = [w for w in own if (w.batch_size, w.frames) == (first.batch_size, first.frames)]
             if len(at_size) < 2 and len(at_batch) < 2:
                 continue
-            cells: list[Cell] = []
-            used: dict[str, None] = {}
+            cells, taken = [], []
             for card in self.headline:
                 batch, size = (largest(w, card, self.evidence) for w in (at_size, at_batch))
-                used |= {self.tag(v.choice): None for v in (batch, size) if v}
-                cells.append(self._largest_cell(batch, size, at_size[-1], at_batch[-1]))
-            key = Cell(display_name(model, self.evidence.aliases))
-            rows.append([key, Cell(first.label), *cells, Cell(" ".join(used))])
-        columns = ["model", "sizes start from", *(card.name for card in self.headline), "runs"]
-        return Table("Largest batch and resolution", columns, rows, 2)
-
-    @staticmethod
-    def _largest_cell(batch: Verdict | None, size: Verdict | None, last_batch: Workload, last_size: Workload) -> Cell:
-        if batch is None or size is None:
-            return Cell("no", "no")
-
-        def text(verdict: Verdict, words: str, last: Workload) -> str:
-            more = "+" if verdict.choice.workload == last else ""
-            return ("~" if verdict.estimated else "") + words + more
-
-        parts = (
-            text(batch, f"batch {batch.choice.workload.batch_size}", last_batch),
-            text(size, size.choice.workload.size, last_size),
-        )
-        return Cell("; ".join(parts), "estimated" if batch.estimated or size.estimated else "")
+                taken += [verdict.choice for found in (batch, size) if found for _, verdict in [found]]
+                parts = (
+                    "no batch" if batch is None else _marked(*batch, f"batch {batch[0].batch_size}", at_size[-1]),
+                    "no size" if size is None else _marked(*size, size[0].size, at_batch[-1]),
+                )
+                cells.append(Cell("; ".join(parts) if batch or size else "no", "" if batch or size else "no"))
+            keys = [Cell(self.title(subject)), Cell(first.size), Cell(str(first.batch_size))]
+            rows.append([*keys, *cells, Cell(self.tag(*taken), "runs")])
+        columns = ["model", "batches at", "sizes at batch", *(card.name for card in self.headline), "runs"]
+        return Table("Largest batch and resolution", columns, rows, 3)
 
     def checks(self) -> Table:
         """The cases that ran with no more memory than a limit, beside what their need says of that limit."""
         rows = []
         for check in self.evidence.checks:
             limit = check.record.case.limit_bytes or 0
-            known = self.evidence.choices.get(check.workload, {}).get(check.run.gpu, {}).get(check.optimizations)
+            known = self.evidence.choices.get(check.workload, {}).get(check.gpu_key, {}).get(check.optimizations)
             needed = known.required_bytes if known else None
-            expected = NOTHING if needed is None else "completes" if needed <= limit else "out of memory"
             found = "completes" if check.record.status == "ok" else "out of memory"
-            agree = NOTHING if needed is None else "yes" if expected == found else "NO"
-            free = NOTHING if needed is None else signed(100 * (limit - needed) / limit, 1)
+            expected = free = agree = NOTHING
+            if needed is not None:
+                expected = "completes" if needed <= limit else "out of memory"
+                free = signed(100 * (limit - needed) / limit, 1)
+                agree = "yes" if expected == found else "NO"
             rows.append(
                 [
                     *self._keys(check.workload),
@@ -286,7 +281,7 @@ class Document:
                     Cell(expected),
                     Cell(found),
                     Cell(agree),
-                    Cell(" ".join(dict.fromkeys([self.tag(check), *([self.tag(known)] if known else [])]))),
+                    Cell(self.tag(*filter(None, (check, known))), "runs"),
                 ]
             )
         columns = ("model", "size", "batch", "optimizations", "limit GiB", "as on", "required GiB", "free %",
@@ -336,6 +331,12 @@ class Document:
         return [Cell(self.name(workload)), Cell(workload.size), Cell(str(workload.batch_size))]
 
 
+def _marked(workload: Workload, verdict: Verdict, words: str, last: Workload) -> str:
+    """What runs at most: `~` where it is estimated, + where nothing larger was tried."""
+    more = "+" if workload == last else ""
+    return ("~" if verdict.estimated else "") + words + more + (" (tight)" if verdict.outcome == "tight" else "")
+
+
 def relative(path: Path, base: Path) -> str:
     """How a document in `base` names a file: its path where it is below, else its name alone."""
     try:
@@ -346,4 +347,4 @@ def relative(path: Path, base: Path) -> str:
 
 def seen_from(base: Path, paths: Iterable[Path]) -> list[str]:
     """The paths as seen from `base`, for whoever makes the document again."""
-    return [Path(os.path.relpath(path, base)).as_posix() for path in paths]
+    return [Path(os.path.relpath(os.path.realpath(path), os.path.realpath(base))).as_posix() for path in paths]

@@ -5,19 +5,23 @@ from typing import Any
 
 from pytest_vram.report.cards import GIB, NATIVE_FROM, Card
 from pytest_vram.report.document import Document
-from pytest_vram.report.verdicts import Outcome, best, judge
-from pytest_vram.report.workloads import Choice, Evidence, Workload
+from pytest_vram.report.text import printable
+from pytest_vram.report.verdicts import WORDS, Outcome, best, judge
+from pytest_vram.report.workloads import Choice, Evidence, Workload, against, frontier
 
-LETTERS: dict[Outcome, str] = {"fits": "f", "tight": "t", "no": "n", "unsupported": "u"}
-COLUMNS = ("model", "size", "pixels", "batch", "set", "required", "estimated", "saved", "shown", "seconds", "slowdown",
-           "host", "disk", "run", "remark", "verdicts")  # fmt: skip
+LETTERS: dict[Outcome, str] = {"fits": "f", "tight": "t", "no": "n", "unsupported": "u", "unknown": "q"}
+COLUMNS = (
+    "model", "size", "pixels", "batch", "set", "required", "estimated", "saved", "shown", "seconds", "paid", "slowdown",
+    "frontier", "host", "disk", "runs", "remark", "verdicts",
+)  # fmt: skip
 
 
 def explorer(document: Document) -> dict[str, Any]:
-    """`cards` have a name, the GiB they leave and the index of their letter; `rows` have the values of `columns`.
+    """`cards` have a name, the GiB they leave and the index of their letter; `rows` have the values of `columns`;
+    `words` have each letter's outcome and how it is written, best first.
 
-    A letter is a verdict (`f` fits, `t` tightly, `n` no, `u` not supported), a capital where the choice is the one to
-    take for its workload on that card. Cards that no verdict can tell apart share a letter.
+    A letter is the verdict on a choice, a capital where the choice is the one to take for its workload on that card.
+    Cards that no verdict can tell apart share a letter.
     """
     evidence = document.evidence
     classes: dict[Hashable, list[Card]] = {}
@@ -26,8 +30,9 @@ def explorer(document: Document) -> dict[str, Any]:
     index = {card.name: number for number, cards in enumerate(classes.values()) for card in cards}
     one_each = [cards[0] for cards in classes.values()]
     rows = [row for workload in evidence.choices for row in _rows(workload, one_each, document)]
-    cards = [[card.name, round(card.usable_bytes / GIB, 2), index[card.name]] for card in document.cards]
-    return {"columns": COLUMNS, "cards": cards, "rows": rows}
+    cards = [[printable(card.name), round(card.usable_bytes / GIB, 2), index[card.name]] for card in document.cards]
+    words = [[LETTERS[outcome], outcome, word] for outcome, word in WORDS.items()]
+    return {"columns": COLUMNS, "cards": cards, "rows": rows, "words": words}
 
 
 def _class(card: Card, evidence: Evidence) -> Hashable:
@@ -40,37 +45,40 @@ def _rows(workload: Workload, cards: list[Card], document: Document) -> list[lis
     taken = [best(workload, card, document.evidence).choice for card in cards]
     rows = []
     for plain, choices in document.evidence.groups(workload):
+        edge = frontier(choices)
         for choice in choices:
             letters = (
                 letter.upper() if choice is take else letter
                 for card, take in zip(cards, taken, strict=True)
                 for letter in [LETTERS[judge(choice, card).outcome]]
             )
-            rows.append([*_figures(choice, plain, document), "".join(letters)])
+            rows.append([*_figures(choice, plain, choice in edge, document), "".join(letters)])
     return rows
 
 
-def _figures(choice: Choice, plain: Choice, document: Document) -> list[Any]:
+def _figures(choice: Choice, plain: Choice, on_the_edge: bool, document: Document) -> list[Any]:
     def gib(value: int | None) -> float | None:
         return None if value is None else round(value / GIB, 2)
 
     def rounded(value: float | None, digits: int) -> float | None:
         return None if value is None else round(value, digits)
 
-    workload, required, compared = choice.workload, choice.required_bytes, plain.required_bytes
-    same = choice is plain or required is None or compared is None
+    workload = choice.workload
+    saved, paid = against(choice, plain)
     return [
-        document.name(workload),
-        workload.size or workload.test,
+        printable(document.name(workload)),
+        printable(workload.size or workload.test),
         workload.pixels,
         workload.batch_size or None,
-        choice.name,
-        gib(required),
+        printable(choice.name),
+        gib(max(choice.required_bytes or 0, choice.at_least_bytes) or None),
         int(choice.estimated),
-        None if same else gib((compared or 0) - (required or 0)),
+        gib(saved),
         gib(choice.record.memory.nvml_process_peak_bytes),
         rounded(choice.call_s, 3),
+        rounded(paid, 2),
         rounded(choice.slowdown, 2),
+        int(on_the_edge),
         gib(choice.host_bytes),
         gib(choice.disk_bytes),
         document.tag(choice),

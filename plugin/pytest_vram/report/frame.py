@@ -130,7 +130,7 @@ def _series(values: list[Any], dtype: str, series: Callable[..., Any]) -> Any:
 
 def _described(run: ReadRun) -> dict[str, Any]:
     environment = run.run.environment
-    described: dict[str, Any] = {"run": run.path.name, "sweep": run.run.sweep, "started": run.started}
+    described: dict[str, Any] = {"run": run.name, "sweep": run.run.sweep, "started": run.started}
     described["gpu_memory_bytes"] = run.gpu_memory_bytes
     for name in _ENVIRONMENT:
         value, dtype = environment.get(name), COLUMNS[name][0]

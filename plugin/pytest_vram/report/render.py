@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from pytest_vram.records.reading import ReadRun
 from pytest_vram.report.cards import Card
 from pytest_vram.report.document import METHOD, Document, Table
 from pytest_vram.report.explorer import explorer
-from pytest_vram.report.text import code, markdown
-from pytest_vram.report.workloads import gather
+from pytest_vram.report.text import code, markdown, printable
+from pytest_vram.report.workloads import SAME_TIME, gather
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jinja2 import Environment
     from markupsafe import Markup
 
@@ -27,15 +29,17 @@ HEADS = (  # of the explorer's columns: key, heading, class
     ("model", "model", "first"),
     ("size", "size", ""),
     ("batch", "batch", "n"),
-    ("set", "optimizations", "set"),
-    ("verdict", "on this card", ""),
+    ("verdict", "verdict", "verdict"),
     ("required", "required GiB", "n"),
-    ("saved", "saved", "n"),
-    ("shown", "nvidia-smi GiB", "n"),
+    ("set", "optimizations", "set"),
     ("seconds", "s", "n"),
-    ("slowdown", "at need", "n"),
-    ("host", "host GiB", "n"),
-    ("disk", "disk GiB", "n"),
+    ("saved", "saved", "n more"),
+    ("paid", "paid", "n more"),
+    ("frontier", "frontier", "more"),
+    ("shown", "nvidia-smi GiB", "n more"),
+    ("slowdown", "at need", "n more"),
+    ("host", "host GiB", "n more"),
+    ("disk", "disk GiB", "n more"),
 )
 
 
@@ -76,12 +80,13 @@ class Report:
             for chart in charts:
                 written.append(_write(self.folder / "charts" / f"{chart.name}.svg", chart.svg))
                 written.append(_write(self.folder / "charts" / f"{chart.name}.png", chart.png))
-            csv, parquet = self.folder / "records.csv", self.folder / "records.parquet"
-            table.to_csv(csv, index=False)
+            written.append(_write(self.folder / "records.csv", for_spreadsheets(table).to_csv(index=False).encode()))
+            parquet = io.BytesIO()
             table.to_parquet(parquet, index=False)
+            written.append(_write(self.folder / "records.parquet", parquet.getvalue()))
         except OSError as error:
             raise UsageError(f"-o: {self.folder} cannot be written: {error.strerror or error}") from error
-        return [*written, csv, parquet]
+        return written
 
     def document(self) -> Document:
         """What the documents say."""
@@ -121,7 +126,12 @@ class Report:
         from markupsafe import Markup
 
         environment = Environment(
-            loader=_loader(), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=True
+            loader=_loader(),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            keep_trailing_newline=True,
+            autoescape=True,
+            finalize=_visible,
         )
         environment.filters["breakable"] = _breakable
         templates = Path(__file__).parent / "templates"
@@ -152,8 +162,18 @@ class Report:
             "failed": document.failed(),
             "refused": [f"{document.tags[run.path]}: {line}" for run in self.runs for line in run.refused],
             "method": METHOD,
+            "same_time": f"{SAME_TIME:g}",
+            "elsewhere_mib": document.elsewhere_mib,
             "runs": document.runs(),
         }
+
+
+def for_spreadsheets(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The table with a quote before text that a spreadsheet would take for a formula."""
+    quoted = table.copy()
+    for column in map(str, table.select_dtypes("string").columns):
+        quoted[column] = table[column].str.replace(r"^([=+\-@\t\r])", r"'\1", regex=True)
+    return quoted
 
 
 def table_lines(table: Table) -> Raw:
@@ -163,6 +183,11 @@ def table_lines(table: Table) -> Raw:
         parts = ((markdown(cell.text), code(cell.name) if cell.name else "", markdown(cell.remark)) for cell in row)
         lines.append(_line(" ".join(filter(None, part)) for part in parts))
     return Raw("\n".join(lines))
+
+
+def _visible(value: Any) -> Any:
+    """Text without the controls that would change how what follows it is shown."""
+    return printable(value) if type(value) is str else value
 
 
 def _breakable(text: str) -> "Markup":

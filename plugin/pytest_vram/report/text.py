@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
+_LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)  # what GitHub makes a link of by itself
 _PLAIN = re.compile(r"[\w.+/:, ×-]+", re.ASCII)
 
 
@@ -49,7 +50,7 @@ _CONTROLS = ("Cc", "Cf", "Zl", "Zp")
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, also in a table's cell."""
     line = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _MARKDOWN.sub(r"\\\1", line)
+    return _LINK.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", line))
 
 
 def code(text: str) -> str:

@@ -3,8 +3,8 @@
 The rule, for a need that was measured on one GPU and a card that is another:
 
 - A program takes its need and a context. On the GPU that was measured the context is known. Elsewhere it counts as the
-  measured one, but as no less than `ASSUMED_CONTEXT_BYTES`: it grows with the number of multiprocessors and with the
-  driver, and the H100 that most is measured on has more of both than what people own.
+  measured one, but as no less than `ASSUMED_CONTEXT_BYTES`. It grows with the driver and the number of multiprocessors;
+  the cards with more of them than the H100 that was measured have 32 GiB and more, of which 5 % are more than that.
 - A card gives what PyTorch sees of its memory, less what a desktop holds.
 - Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
   room that there was when that time was taken). A simulated need must leave another 10 % of itself free: the worst
@@ -15,6 +15,7 @@ The rule, for a need that was measured on one GPU and a card that is another:
   under a lower one, so a tight fit is no promise.
 - Does not fit: it requires more than the card gives; or it was seen to run out of memory with as much.
 - Not supported: the card's hardware lacks the dtype.
+- Not known: it ran out of memory on a smaller GPU, and its need is not known.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,14 +24,14 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, without_idle_flags
+from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, GpuKey, Workload, without_idle_flags
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
 ESTIMATE_SHARE = 0.10  # of a simulated need
 SLOWDOWN = 1.25
 
-Outcome = Literal["fits", "tight", "no", "unsupported"]
-ORDER: tuple[Outcome, ...] = ("fits", "tight", "no", "unsupported")
+Outcome = Literal["fits", "tight", "no", "unsupported", "unknown"]
+WORDS: dict[Outcome, str] = {"fits": "fits", "tight": "tight", "no": "no", "unsupported": "–", "unknown": "?"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,9 @@ def judge(choice: Choice, card: Card) -> Verdict:
         return Verdict("unsupported", choice, card, reason=f"no {lacking} in hardware")
     need, usable = choice.need_bytes, card.usable_bytes
     if need is None:
-        return Verdict("no", choice, card, reason="out of memory where it was measured; its need is not known")
+        less = usable <= choice.at_least_bytes
+        reason = "it ran out of memory with as much" if less else "its need is not known"
+        return Verdict("no" if less else "unknown", choice, card, reason=reason)
     measured_context = choice.record.memory.context_bytes
     same = card.is_gpu(choice.run.gpu, choice.run.gpu_memory_bytes)
     known = same and not choice.estimated
@@ -95,33 +98,46 @@ def judge(choice: Choice, card: Card) -> Verdict:
 def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
     """The choice to take for a workload on a card, with its verdict.
 
-    What was measured comes before what was estimated, what fits before what fits tightly, and then the fastest wins.
-    Of those within `SAME_TIME` of the fastest the one with fewest flags is taken, then the one that requires least. A
-    set with a flag that was seen to change nothing stands back for the set without it.
+    What was measured on the card itself comes first, then each other GPU, the one that measured most before the others,
+    then what was estimated. Of one of these, what fits comes before what fits tightly, and then the fastest wins. Of
+    those within `SAME_TIME` of the fastest the one with fewest flags is taken, then the one that requires least. A set
+    with a flag that was seen to change nothing stands back for the set without it. Where nothing runs, a choice for
+    more of the same (a larger size or batch) is taken if that runs: it has room for this.
     """
-    sources = (_on_its_gpu(workload, card, evidence) or evidence.measured(workload), evidence.estimated(workload))
-    judged = [[judge(choice, card) for choice in without_idle_flags(choices)] for choices in sources]
-    for verdicts in judged:
+    if (known := evidence.verdicts.get((workload, card))) is None:
+        known = _of_its_own(workload, card, evidence)
+        larger = (other for other in evidence.subjects[workload.subject] if other != workload and other.holds(workload))
+        if not known.runs:
+            known = next((v for other in larger if (v := best(other, card, evidence)).runs), known)
+        evidence.verdicts[workload, card] = known
+    found: Verdict = known
+    return found
+
+
+def _of_its_own(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
+    """The verdict from the choices of this workload alone."""
+    groups = evidence.by_gpu(workload)
+    own = [choices for choices in groups if card.is_gpu(choices[0].gpu, choices[0].run.gpu_memory_bytes)]
+    told = {choice.optimizations for choices in own for choice in choices}  # other GPUs need not speak of these
+    others = [[c for c in choices if c.optimizations not in told] for choices in groups if choices not in own]
+    judged: list[Verdict] = []
+    for choices in (*own, *others, evidence.estimated(workload)):
+        verdicts = [judge(choice, card) for choice in without_idle_flags(choices)]
         for outcome in ("fits", "tight"):
             if found := [verdict for verdict in verdicts if verdict.outcome == outcome]:
                 return _fastest(found)
-    all_of_them = [verdict for verdicts in judged for verdict in verdicts]
-    too_large = [verdict for verdict in all_of_them if verdict.outcome == "no"]
-    return min(too_large or all_of_them, key=_known_best)
+        judged += verdicts
+    return min(judged, key=_known_best)
 
 
-def _known_best(verdict: Verdict) -> tuple[bool, bool, int]:
+def _known_best(verdict: Verdict) -> tuple[int, bool, int]:
     """Of what does not fit, the order in which it is named."""
-    return verdict.required_bytes is None, verdict.estimated, verdict.required_bytes or 0
-
-
-def _on_its_gpu(workload: Workload, card: Card, evidence: Evidence) -> list[Choice]:
-    """What was measured on this very card."""
-    for gpu, sets in evidence.choices[workload].items():
-        choices = list(sets.values())
-        if gpu is not None and card.is_gpu(choices[0].run.gpu, choices[0].run.gpu_memory_bytes):
-            return choices
-    return []
+    order = ("no", "unknown", "unsupported")
+    return (
+        order.index(verdict.outcome),
+        verdict.required_bytes is None or verdict.estimated,
+        verdict.required_bytes or 0,
+    )
 
 
 def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
@@ -150,14 +166,14 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
             return False
         if verdict.call_s is None:
             return not verdict.choice.offloads
-        return verdict.call_s <= SAME_TIME * fastest[verdict.choice.run.gpu]
+        return verdict.call_s <= SAME_TIME * fastest.get(verdict.choice.gpu_key, verdict.call_s)
 
-    fastest: dict[str | None, float] = {}  # by GPU: times of two GPUs say nothing of each other
-    for _, choices in evidence.groups(workload):
+    fastest: dict[GpuKey, float] = {}  # by GPU: times of two GPUs say nothing of each other
+    for choices in evidence.by_gpu(workload):
         for choice in without_idle_flags(choices):
-            gpu = choice.run.gpu
             if choice.call_s is not None and any(judge(choice, card).runs for card in cards):
-                fastest[gpu] = min(choice.call_s, fastest.get(gpu, choice.call_s))
+                key = choice.gpu_key
+                fastest[key] = min(choice.call_s, fastest.get(key, choice.call_s))
     return _smallest(cards, lambda card: best(workload, card, evidence), comfortable)
 
 
@@ -170,7 +186,7 @@ def _smallest(
     return next(filter(wanted, verdicts), None)
 
 
-def largest(workloads: Iterable[Workload], card: Card, evidence: Evidence) -> Verdict | None:
-    """The verdict on the last of these workloads, which come in rising order, that runs on the card."""
-    verdicts = [best(workload, card, evidence) for workload in workloads]
-    return next((verdict for verdict in reversed(verdicts) if verdict.runs), None)
+def largest(workloads: Iterable[Workload], card: Card, evidence: Evidence) -> tuple[Workload, Verdict] | None:
+    """The last of these workloads, which come in rising order, that runs on the card, and its verdict."""
+    verdicts = [(workload, best(workload, card, evidence)) for workload in workloads]
+    return next(((workload, verdict) for workload, verdict in reversed(verdicts) if verdict.runs), None)

@@ -1,18 +1,21 @@
 """From records to choices: for each workload the sets of optimizations to choose from, each by its best record."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from pytest_vram.cases.case import Case, OwnCase
 from pytest_vram.cases.models import Model
 from pytest_vram.records.reading import ReadRun
-from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Record
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Record, Time
 
-# How much the time of one case differs from run to run: of the 32 cases that results/ has several times, 30 stay within
-# this factor and half within 1.2. Small batches are bound by the host's CPU; the needs are the same to 0.2 %.
+# How much the time of one case differs from run to run: of the cases that results/ has several times, nine in ten stay
+# within this factor and half within 1.2. Small batches are bound by the host's CPU; the needs are the same to 0.2 %.
 SAME_TIME = 1.6
 UNNAMED = "a GPU that its run does not name"
+GpuKey = tuple[str, int] | None  # name and GiB, since variants share a name; None: estimated with no GPU
 DTYPES = ("fp16", "bf16", "fp32")  # in the order in which a plain case is looked for, to compare others with
 
 
@@ -36,6 +39,17 @@ class Workload:
         return f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames else "")
 
     @property
+    def subject(self) -> str:
+        """The model, or the one test that measures a pipeline of its own."""
+        return f"{self.model}::{self.test}" if self.test else self.model
+
+    def holds(self, other: "Workload") -> bool:
+        """Whether this is at least as much of the same: what has room for it has room for the other."""
+        own = (self.width, self.height, self.frames, self.batch_size)
+        others = (other.width, other.height, other.frames, other.batch_size)
+        return self.subject == other.subject and all(a >= b for a, b in zip(own, others, strict=True))
+
+    @property
     def label(self) -> str:
         """What follows the model's name."""
         return f"{self.size}, batch {self.batch_size}" if self.width else self.test
@@ -43,18 +57,24 @@ class Workload:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """One set of optimizations for one workload, and the record that says what it costs."""
+    """One set of optimizations for one workload, and the record that says what it costs.
+
+    `timed` are other runs of the same on such a GPU with the same software: one call differs much more from run to run
+    than memory does, so times are medians over all of them. `ran_out_bytes` is the largest cap on the allocator under
+    which the case was seen to run out of memory.
+    """
 
     workload: Workload
     record: Record
     run: ReadRun
-    ran_out_bytes: int = 0  # the largest cap on the allocator under which it was seen to run out of memory
+    timed: "tuple[Choice, ...]" = ()
+    ran_out_bytes: int = 0
 
     @cached_property
     def optimizations(self) -> tuple[str, ...]:
         return self.record.case.optimizations
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The set as people write it; empty for a pipeline of one's own."""
         return "+".join(self.optimizations)
@@ -65,10 +85,20 @@ class Choice:
         return tuple(name for name in self.optimizations if name not in DTYPES)
 
     @cached_property
+    def gpu(self) -> str | None:
+        """The GPU that it was measured on; None where nothing ran."""
+        return None if self.record.method == "estimated" else self.run.gpu or UNNAMED
+
+    @cached_property
+    def gpu_key(self) -> GpuKey:
+        """What tells GPUs apart."""
+        return None if self.gpu is None else (self.gpu, round((self.run.gpu_memory_bytes or 0) / (1 << 30)))
+
+    @cached_property
     def estimated(self) -> bool:
         """Whether the need was simulated and not searched."""
         memory = self.record.memory
-        only_simulated = memory.required_bytes is None and memory.estimated_need_bytes is not None
+        only_simulated = memory.need_bytes is None and memory.estimated_need_bytes is not None
         return self.record.method == "estimated" or only_simulated
 
     @cached_property
@@ -79,9 +109,9 @@ class Choice:
 
     @cached_property
     def required_bytes(self) -> int | None:
-        """What it requires on the GPU where it was measured; estimates take the context measured there, or assumed."""
+        """The need and the context, as it was measured there or else assumed."""
         memory = self.record.memory
-        if not self.estimated:
+        if not self.estimated and memory.required_bytes is not None:
             return memory.required_bytes
         return None if self.need_bytes is None else self.need_bytes + (memory.context_bytes or ASSUMED_CONTEXT_BYTES)
 
@@ -93,14 +123,23 @@ class Choice:
     @cached_property
     def call_s(self) -> float | None:
         """Seconds of one call with the model's native number of steps, with room; of one's own pipeline as it is."""
-        time = self.record.time
-        return time.full_length_s or time.median_s
+        return _median(time.full_length_s or time.median_s for time in self._times)
 
     @cached_property
     def slowdown(self) -> float | None:
         """The time of a call with no more memory than required, over its time with room."""
-        time = self.record.time
-        return time.at_need_s / time.median_s if time.at_need_s and time.median_s else None
+        known = ((time.at_need_s, time.median_s) for time in self._times)
+        return _median(at_need / median if at_need and median else None for at_need, median in known)
+
+    @property
+    def runs(self) -> list[ReadRun]:
+        """The runs that its figures come from: that of its memory first."""
+        others = [choice.run for choice in self.timed if choice.record.time.median_s is not None]
+        return list(dict.fromkeys((self.run, *others)))
+
+    @property
+    def _times(self) -> list[Time]:
+        return [choice.record.time for choice in (self, *self.timed)]
 
     @property
     def offloads(self) -> bool:
@@ -136,25 +175,42 @@ class Choice:
         return "; ".join(remarks)
 
 
+Sets = Mapping[tuple[str, ...], Choice]
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What all runs together say.
 
-    `choices` has, for each workload and each GPU (None: estimated with none), the choices by their set. `checks` are
-    the cases that ran under a limit: they say no need, but what ran out of memory counts against the choice. `failed`
-    has what ended in no figures.
+    `choices` has, for each workload and each GPU, the choices by their set. `checks` are the measured cases that ran
+    under a limit: they say no need, but what ran out of memory counts against the choice. `failed` has what ended in no
+    figures. `verdicts` keeps what was judged already.
     """
 
     runs: Sequence[ReadRun]
-    choices: Mapping[Workload, Mapping[str | None, Mapping[tuple[str, ...], Choice]]]
+    choices: Mapping[Workload, Mapping[GpuKey, Sets]]
     checks: Sequence[Choice] = ()
     failed: Sequence[Choice] = ()
     aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    verdicts: dict[tuple[Workload, Any], Any] = field(default_factory=dict)
+
+    @cached_property
+    def subjects(self) -> Mapping[str, list[Workload]]:
+        """The workloads of each model, and of each pipeline of one's own, in rising order."""
+        found: dict[str, list[Workload]] = {}
+        for workload in self.choices:
+            found.setdefault(workload.subject, []).append(workload)
+        return found
+
+    def by_gpu(self, workload: Workload) -> list[list[Choice]]:
+        """The choices of each GPU that measured this workload, first of the one that measured most of it."""
+        groups = [list(sets.values()) for gpu, sets in self.choices[workload].items() if gpu is not None]
+        groups.reverse()  # the last of equals first
+        return sorted(groups, key=len, reverse=True)
 
     def measured(self, workload: Workload) -> list[Choice]:
         """The choices of the GPU that measured most of this workload; the last of equals."""
-        by_gpu = [list(sets.values()) for gpu, sets in self.choices[workload].items() if gpu is not None]
-        return max(reversed(by_gpu), key=len, default=[])
+        return next(iter(self.by_gpu(workload)), [])
 
     def estimated(self, workload: Workload) -> list[Choice]:
         """The choices that were estimated with no GPU, and measured on none."""
@@ -164,58 +220,71 @@ class Evidence:
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
         """The choices of each GPU, and the estimates, each group after the choice that it is compared with."""
-        measured = [list(sets.values()) for gpu, sets in self.choices[workload].items() if gpu is not None]
-        groups = [(baseline(choices), choices) for choices in measured]
+        groups = [(baseline(choices), choices) for choices in self.by_gpu(workload)]
         if estimated := self.estimated(workload):
             groups.append((baseline([*self.measured(workload), *estimated]), estimated))
         return groups
-
-    def models(self) -> list[str]:
-        """The models in the order of their names."""
-        return list(dict.fromkeys(workload.model for workload in self.choices))
 
 
 def gather(runs: Sequence[ReadRun]) -> Evidence:
     """The evidence of these runs, oldest first.
 
-    Where several records speak of the same set on the same GPU, a searched need beats a simulated one, and among equals
-    the newest wins.
+    Where several records speak of the same set on such a GPU, a searched need beats a simulated one, that one beats
+    none, and among equals the newest wins.
     """
-    found: dict[Workload, dict[str | None, dict[tuple[str, ...], Choice]]] = {}
+    found: dict[Workload, dict[GpuKey, dict[tuple[str, ...], list[Choice]]]] = {}
     checks, failed = [], []
     aliases: dict[str, Sequence[str]] = {}
     for run in runs:
         aliases |= run.run.aliases
         for record in run.records:
             choice = Choice(workload_of(record), record, run)
-            gpu = (run.gpu or UNNAMED) if record.method == "measured" else None
+            limited = record.case.limit_bytes is not None
+            if limited and record.method == "estimated":
+                continue  # an estimate proves nothing of an estimate
             if record.status in ("error", "timeout", "skipped"):
                 failed.append(choice)
-            elif record.case.limit_bytes is not None:
+            elif limited:
                 checks.append(choice)
             elif choice.need_bytes is not None or choice.at_least_bytes:
-                sets = found.setdefault(choice.workload, {}).setdefault(gpu, {})
-                before = sets.get(choice.optimizations)
-                if before is None or before.estimated >= choice.estimated:
-                    sets[choice.optimizations] = choice
+                sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
+                sets.setdefault(choice.optimizations, []).append(choice)
             else:
                 failed.append(choice)  # measured with no need, neither searched nor simulated
-    known = {(c.workload, c.optimizations) for sets in found.values() for s in sets.values() for c in s.values()}
-    unknown = {(c.workload, c.optimizations): c for c in failed if (c.workload, c.optimizations) not in known}
-    for check in checks:
-        _count_against(check, found.get(check.workload, {}))
-    return Evidence(runs, dict(sorted(found.items())), checks, list(unknown.values()), aliases)
+    choices = {
+        workload: {
+            gpu: {names: _chosen(several, checks) for names, several in sets.items()} for gpu, sets in by_gpu.items()
+        }
+        for workload, by_gpu in sorted(found.items())
+    }
+    unknown: dict[str, Choice] = {}
+    for choice in failed:
+        known = any(choice.optimizations in sets for sets in choices.get(choice.workload, {}).values())
+        if not known or choice.record.case.limit_bytes is not None:
+            unknown[choice.record.id] = choice
+    return Evidence(runs, choices, checks, list(unknown.values()), aliases)
 
 
-def _count_against(check: Choice, by_gpu: Mapping[str | None, dict[tuple[str, ...], Choice]]) -> None:
-    """Where a check ran out of memory, the choices that it checked are known to."""
-    cap = (check.record.case.limit_bytes or 0) - (check.record.memory.context_bytes or 0)
-    if check.record.status != "oom" or check.record.method != "measured":
-        return
-    for sets in by_gpu.values():
-        known = sets.get(check.optimizations)
-        if known is not None and cap > known.ran_out_bytes:
-            sets[check.optimizations] = replace(known, ran_out_bytes=cap)
+def _chosen(several: Sequence[Choice], checks: Sequence[Choice]) -> Choice:
+    """Of the records of one set on one GPU, oldest first, the one that speaks, with what the others add to it."""
+    best = max(reversed(several), key=lambda choice: (choice.need_bytes is not None, not choice.estimated))
+    own = isinstance(best.record.case, OwnCase)  # whose code may have changed since
+    others = [c for c in several if c is not best and not own and _software(c) == _software(best)]
+    caps = [
+        (check.record.case.limit_bytes or 0) - (check.record.memory.context_bytes or 0)
+        for check in checks
+        if check.record.status == "oom" and (check.workload, check.optimizations) == (best.workload, best.optimizations)
+    ]
+    return replace(best, timed=tuple(others), ran_out_bytes=max(caps, default=0))
+
+
+def _software(choice: Choice) -> tuple[object, ...]:
+    return tuple(choice.run.run.environment.get(name) for name in ("torch", "diffusers", "driver"))
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def workload_of(record: Record) -> Workload:
@@ -228,11 +297,10 @@ def workload_of(record: Record) -> Workload:
     return Workload(case.model, pixels, case.width, case.height, frames, case.batch_size)
 
 
-def lead(model: str, workloads: Iterable[Workload], evidence: Evidence, models: Mapping[str, Model]) -> Workload:
+def lead(subject: str, evidence: Evidence, models: Mapping[str, Model]) -> Workload:
     """The workload by which a model is known: its native size and the smallest batch; else, of the smallest batch,
     the one with most choices, and the larger of equals."""
-    own = [workload for workload in workloads if workload.model == model]
-    native = models[model].native if model in models else None
+    native = models[subject].native if subject in models else None
     size = (native.width, native.height, native.frames or 0) if native else None
 
     def rank(workload: Workload) -> tuple[bool, int, int, int]:
@@ -240,7 +308,17 @@ def lead(model: str, workloads: Iterable[Workload], evidence: Evidence, models: 
         several = max(map(len, evidence.choices[workload].values()))
         return at_native, -workload.batch_size, several, workload.pixels
 
-    return max(own, key=rank)
+    return max(evidence.subjects[subject], key=rank)
+
+
+def against(choice: Choice, plain: Choice) -> tuple[int | None, float | None]:
+    """What a choice saves and costs beside the plain one: bytes of required memory, and seconds a call."""
+    if choice is plain:
+        return None, None
+    required, compared = choice.required_bytes, plain.required_bytes
+    saved = None if required is None or compared is None or choice.at_least_bytes else compared - required
+    paid = None if choice.call_s is None or plain.call_s is None else choice.call_s - plain.call_s
+    return saved, paid
 
 
 def baseline(choices: Sequence[Choice]) -> Choice:
@@ -264,8 +342,8 @@ def without_idle_flags(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def frontier(choices: Sequence[Choice]) -> list[Choice]:
-    """Those that no other beats in both required memory and time, least memory first; the time must be better by more
-    than identical work was seen to differ."""
+    """Those that buy something, least memory first: each is faster than all that require less, by more than identical
+    work was seen to differ."""
     found: list[Choice] = []
     figures = [(c.required_bytes, c.call_s, c) for c in without_idle_flags(choices) if not c.estimated]
     known = [(required, seconds, c) for required, seconds, c in figures if required and seconds]

@@ -4,9 +4,9 @@
   const at = Object.fromEntries(data.columns.map((name, index) => [name, index]));
   const $ = (id) => document.getElementById(id);
   const controls = { model: $("model"), card: $("card"), memory: $("memory"), best: $("best") };
-  const body = $("rows"), count = $("count"), more = $("more"), heads = [...document.querySelectorAll("th[data-key]")];
-  const words = { f: ["fits", "fits"], t: ["tight", "tight"], n: ["no", "no"], u: ["–", "unsupported"] };
-  const rank = "ftnu", step = 200;
+  const body = $("rows"), table = body.closest("table"), count = $("count"), more = $("more"), heads = [...document.querySelectorAll("th[data-key]")];
+  const words = Object.fromEntries(data.words.map(([key, kind, word]) => [key, [word, kind]]));
+  const rank = data.words.map((entry) => entry[0]).join(""), step = 200;
   let sort = { key: null, down: false }, shown = step;
 
   for (const name of new Set(data.rows.map((row) => row[at.model]))) controls.model.append(new Option(name, name));
@@ -48,17 +48,14 @@
   function render() {
     const [rows, card] = chosen();
     controls.best.disabled = !card;
+    table.classList.toggle("no-card", !card);
     const made = rows.slice(0, shown).map((row) => {
       const line = document.createElement("tr"), guess = row[at.estimated] ? " estimated" : "";
       const first = cell(line, row[at.model], "first", "th");
       first.scope = "row";
       cell(line, row[at.size]);
       cell(line, row[at.batch] ?? "–", "n");
-      const set = cell(line, "", "set");
-      const name = document.createElement("code");
-      for (const part of row[at.set].split(/(?<=[+_])/)) name.append(part, document.createElement("wbr"));
-      set.append(name, row[at.remark] ? ` (${row[at.remark]})` : "");
-      const verdict = cell(line, "");
+      const verdict = cell(line, "", "verdict");
       if (card) {
         const [word, kind] = words[letter(row, card).toLowerCase()];
         const mark = document.createElement("span");
@@ -66,18 +63,27 @@
         mark.textContent = (guess ? "~" : "") + word;
         verdict.append(mark);
       }
-      cell(line, (guess ? "~" : "") + number(row[at.required], 2), "n" + guess);
-      cell(line, signed(row[at.saved]), "n");
-      cell(line, number(row[at.shown], 2), "n");
+      const required = row[at.remark].endsWith("out of memory") ? "> " : guess ? "~" : "";
+      cell(line, required + number(row[at.required], 2), "n" + guess);
+      const set = cell(line, "", "set");
+      const name = document.createElement("code");
+      for (const part of row[at.set].split(/(?<=[+_])/)) name.append(part, document.createElement("wbr"));
+      set.append(name, row[at.remark] ? ` (${row[at.remark]})` : "");
       cell(line, seconds(row[at.seconds]), "n");
-      cell(line, row[at.slowdown] === null ? "–" : "×" + number(row[at.slowdown], 2), "n");
-      cell(line, number(row[at.host], 2), "n");
-      cell(line, number(row[at.disk], 2), "n");
-      const run = cell(line, "");
-      const link = document.createElement("a");
-      link.href = "#" + row[at.run];
-      link.textContent = row[at.run];
-      run.append(link);
+      cell(line, signed(row[at.saved]), "n more");
+      cell(line, signed(row[at.paid]), "n more");
+      cell(line, row[at.frontier] ? "●" : "", "more");
+      cell(line, number(row[at.shown], 2), "n more");
+      cell(line, row[at.slowdown] === null ? "–" : "×" + number(row[at.slowdown], 2), "n more");
+      cell(line, number(row[at.host], 2), "n more");
+      cell(line, number(row[at.disk], 2), "n more");
+      const runs = cell(line, "", "runs");
+      for (const tag of row[at.runs].split(" ")) {
+        const link = document.createElement("a");
+        link.href = "#" + tag;
+        link.textContent = tag;
+        runs.append(link, " ");
+      }
       return line;
     });
     body.replaceChildren(...made);
