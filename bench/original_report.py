@@ -11,8 +11,8 @@ from pytest_vram.report.cards import find_card, read_cards
 from pytest_vram.report.document import Cell, Document, Table
 from pytest_vram.report.render import table_lines
 from pytest_vram.report.text import gib, seconds, signed
-from pytest_vram.report.verdicts import best, recommended
-from pytest_vram.report.workloads import Choice, Workload, baseline, gather
+from pytest_vram.report.verdicts import WORDS, best, recommended
+from pytest_vram.report.workloads import SAME_TIME, Choice, Workload, against, baseline, gather
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "original-report.md"
@@ -32,33 +32,35 @@ answer, measured on {gpus}. GiB and seconds; batch 1; the RTX 3060 leaves {usabl
 
 {answers}
 
-*to take*: the fastest set that fits. *least*: the set that requires least of all; `~` was estimated. *s*: one call with
-the model's own number of steps, on the GPU that was measured, not on an RTX 3060. *host*: with the weights on their way
-to the GPU. All four models fit on that card with no flag beside the dtype.
+sd-food and stable-diffusion-v1-5 have the same weights. *to take*: the set to take on that card. *required*: on that
+card. *least*: the set that requires least of all at this size; `~` was estimated. *s*: one call with the model's own
+number of steps, on the GPU that was measured, not on an RTX 3060. *host*: with the weights on their way to the GPU.
+*card to get*: the smallest that runs it at full speed at this size.
 
 ## Why 2.1 GB was wrong
 
-It was read after the run. What a program holds then is its weights: for Stable Diffusion 1.5 in fp16 {weights_gb} GB
-({weights} GiB), to the digit what the report printed. The same program, `{case}`:
+It was read after the run. What a program holds then is its weights: for Stable Diffusion 1.5 in fp16 {weights_gb} GB,
+to the digit what the report printed. The same program, `{case}`, in GiB:
 
 {why}
 
-A card with 2.1 GB ({little} GiB) free runs it with none of the report's flags: even with CPU offload it requires
-{offload} GiB. Layer by layer (sequential offload, which the report did not try) it does run, in {sequential} GiB and
-{slow} times the time.
+On a card with that little free none of the report's flags makes it run: with CPU offload it requires {offload} GiB.
+Layer by layer (sequential offload, which the report did not try) it does run, in {sequential} GiB and {slow} times the
+time.
 
 ## What the report's flags do, at 512x512
 
-*saved* GiB and *paid* seconds, against fp16 alone. A call of these small models is bound by the CPU and varies by up to
-1.6 times from run to run: small differences in time mean nothing.
+*required* on the GPU that was measured, *saved* GiB and *paid* seconds against fp16 alone. A call of these small models
+is bound by the CPU and varies by up to {same_time} times from run to run, rarely by more: closer times mean nothing.
 
 {flags}
 
 - **Attention slicing** saves nothing here: it replaces the fused attention, which needs no slices. At 1024x1024 it
   makes Stable Diffusion 1.5 require {sliced} GiB instead of {fused} ({sliced_runs}).
 - **VAE slicing** does nothing for a single image.
-- **CPU offload** saves most, for several times the time and {host_more} GiB more of host memory (Stable Diffusion 1.5).
-- **Expandable segments** save what fragmentation takes, at no cost that could be seen.
+- **CPU offload** makes Stable Diffusion 1.5 require {offload_saves} GiB less, for {offload_slow} times the time and
+  {host_more} GiB more of host memory.
+- **Expandable segments** save what fragmentation takes: {segments_save} GiB of Stable Diffusion 1.5.
 """
 
 
@@ -68,13 +70,13 @@ def page(results: Path) -> str:
     cards = read_cards()
     document = Document(gather(runs), cards, read_models(), ROOT / "docs")
     card = find_card("RTX 3060", cards)
-    workloads = [w for w in document.evidence.choices if w.model in MODELS and (w.size, w.batch_size) == ("512x512", 1)]
+    workloads = [w for name in MODELS for w in document.evidence.subjects[name] if w.label == "512x512, batch 1"]
     first = next(w for w in workloads if w.model == MODELS[0])
     by_set = {choice.name: choice for choice in document.evidence.measured(first)}
     plain, sequential = by_set["fp16"], by_set["fp16+sequential_offload"]
     offload = by_set["fp16+model_offload"]
     memory = plain.record.memory
-    larger = next(w for w in document.evidence.choices if w.model == MODELS[0] and w.label == "1024x1024, batch 1")
+    larger = next(w for w in document.evidence.subjects[MODELS[0]] if w.label == "1024x1024, batch 1")
     at_1024 = {choice.name: choice for choice in document.evidence.measured(larger)}
     fused, sliced = at_1024["fp16"], at_1024["fp16+attention_slicing"]
     return TEXT.format(
@@ -86,14 +88,17 @@ def page(results: Path) -> str:
         weights_gb=f"{(memory.weights_bytes or 0) / 1e9:.1f}",
         case=plain.record.id,
         why=table_lines(_why(plain, document)),
-        little=gib(int(2.1e9)),
+        same_time=f"{SAME_TIME:g}",
+        offload_saves=signed((against(offload, plain)[0] or 0) / 2**30).removeprefix("+"),
+        offload_slow=f"{(offload.call_s or 0) / (plain.call_s or 1):.1f}",
+        segments_save=signed((against(by_set["fp16+expandable_segments"], plain)[0] or 0) / 2**30).removeprefix("+"),
         offload=gib(offload.required_bytes),
         sequential=gib(sequential.required_bytes),
         slow=f"{(sequential.call_s or 0) / (plain.call_s or 1):.0f}",
         flags=table_lines(_flags(workloads, document)),
         fused=gib(fused.required_bytes),
         sliced=gib(sliced.required_bytes),
-        sliced_runs=" ".join(dict.fromkeys((document.tag(fused), document.tag(sliced)))),
+        sliced_runs=document.tag(fused, sliced),
         host_more=f"{((offload.host_bytes or 0) - (plain.host_bytes or 0)) / 2**30:.1f}",
     )
 
@@ -109,17 +114,17 @@ def _answers(workloads: list[Workload], document: Document) -> Table:
         rows.append(
             [
                 Cell(document.name(workload)),
-                Cell(f"{verdict.outcome}:", name=verdict.choice.name),
+                Cell(f"{WORDS[verdict.outcome]}:", name=verdict.choice.name),
                 Cell(gib(verdict.required_bytes)),
                 Cell(seconds(verdict.call_s)),
                 Cell(gib(verdict.choice.host_bytes)),
                 Cell(gib(verdict.choice.disk_bytes)),
                 Cell(("~" if least.estimated else "") + gib(least.required_bytes), name=least.name),
                 Cell(f"{good.card.memory_gib:g} GB: {good.card.name}" if good else "none"),
-                Cell(" ".join(dict.fromkeys((document.tag(verdict.choice), document.tag(least))))),
+                Cell(document.tag(verdict.choice, least)),
             ]
         )
-    columns = ("model", "to take", "required", "s", "host", "disk", "least", "recommended card", "runs")
+    columns = ("model", "to take", "required", "s", "host", "disk", "least", "card to get", "runs")
     return Table("Answers", columns, rows, 1)
 
 
@@ -132,7 +137,7 @@ def _why(plain: Choice, document: Document) -> Table:
         "required: need and context, the free memory a card must have": memory.required_bytes,
         "nvidia-smi's peak, on a card with room": memory.nvml_process_peak_bytes,
     }
-    rows = [[Cell(name), Cell(gib(value)), Cell(document.tag(plain))] for name, value in figures.items()]
+    rows = [[Cell(name), Cell(gib(value)), Cell(document.tags[plain.run.path])] for name, value in figures.items()]
     return Table("Why", ("figure", "GiB", "run"), rows, 1)
 
 
@@ -144,20 +149,19 @@ def _flags(workloads: list[Workload], document: Document) -> Table:
         plain = baseline(list(choices.values()))
         for name in ("fp16", *(f"fp16+{flag}" for flag in FLAGS), "+".join(("fp16", *FLAGS))):
             choice = choices[name]
-            saved = ((plain.required_bytes or 0) - (choice.required_bytes or 0)) / 2**30
-            paid = None if choice.call_s is None or plain.call_s is None else choice.call_s - plain.call_s
+            saved, paid = against(choice, plain)
             rows.append(
                 [
                     Cell(document.name(workload)),
                     Cell("", name=name, remark=f"({choice.remark})" if choice.remark else ""),
                     Cell(("~" if choice.estimated else "") + gib(choice.required_bytes)),
-                    Cell("–" if choice is plain else signed(saved)),
+                    Cell("–" if saved is None else signed(saved / 2**30)),
                     Cell(seconds(choice.call_s)),
-                    Cell("–" if choice is plain or paid is None else signed(paid)),
+                    Cell("–" if paid is None else signed(paid)),
                     Cell(document.tag(choice)),
                 ]
             )
-    return Table("Flags", ("model", "optimizations", "required", "saved", "s", "paid", "run"), rows, 2)
+    return Table("Flags", ("model", "optimizations", "required", "saved", "s", "paid", "runs"), rows, 2)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What load() and the report cost on 100, 1,000 and 10,000 records: python bench/report_scale.py
 
-The records are made up from a real run's, with other names and sizes, in a temporary folder. Seconds and the peak of
-resident memory are those of fresh processes, imports included.
+The records are made up from a real run's, with other names and sizes, in a temporary folder: ten sets of optimizations
+for each workload, or one. Seconds and the peak of resident memory are those of fresh processes, imports included.
 """
 
 import json
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-SETS = 10  # of optimizations a workload
 MEMORY = """
 import atexit, resource, sys
 atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))
@@ -28,13 +27,13 @@ main()
 """
 
 
-def make(folder: Path, count: int) -> None:
-    """Write one run file with `count` records into `folder`."""
+def make(folder: Path, count: int, most_sets: int) -> None:
+    """Write one run file with `count` records into `folder`, of up to `most_sets` sets a workload."""
     source = max((ROOT / "results").glob("nvidia-*/*.json"), key=lambda path: path.stat().st_size)
     document = json.loads(source.read_text(encoding="utf-8"))
     originals = document["vram"]["records"]
     by_set = {tuple(record["case"]["optimizations"]): record for record in originals}
-    sets = list(by_set.values())[:SETS]
+    sets = list(by_set.values())[:most_sets]
     records = []
     for number in range(count):
         workload, one = divmod(number, len(sets))
@@ -62,14 +61,14 @@ def cost(code: str, folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    table = Table("records", "load s", "load GiB", "report s", "report GiB", "md MB", "html MB")
-    for count in (100, 1_000, 10_000):
+    table = Table("records", "sets", "load s", "load GiB", "report s", "report GiB", "md MB", "html MB")
+    for count, sets in ((100, 10), (1_000, 10), (10_000, 10), (10_000, 1)):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            make(folder, count)
+            make(folder, count, sets)
             figures = [*cost(LOAD, folder), *cost(REPORT, folder)]
             sizes = [(folder / file).stat().st_size / 1e6 for file in ("HARDWARE.md", "hardware.html")]
-            table.add_row(f"{count:,}", *(f"{figure:.2f}" for figure in (*figures, *sizes)))
+            table.add_row(f"{count:,}", str(sets), *(f"{figure:.2f}" for figure in (*figures, *sizes)))
     Console().print(table)
 
 

@@ -163,7 +163,7 @@ def test_a_name_like_no_other_is_answered_without_a_guess(text: str) -> None:
 def test_a_users_file_adds_a_card_and_it_is_a_headline(tmp_path: Path) -> None:
     cards = read_cards(cards_file(tmp_path / "cards.toml", OWN))
     assert len(cards) == len(CARDS) + 1
-    assert find_card("team card", cards) == card(headline=True)
+    assert find_card("team card", cards) == card(headline=True, desktop_reserve_gib=1.0)
     usable = [one.usable_bytes for one in cards]
     assert usable == sorted(usable)
 
@@ -172,7 +172,7 @@ def test_a_users_file_adds_a_card_and_it_is_a_headline(tmp_path: Path) -> None:
 def test_a_users_card_replaces_one_of_the_same_name(name: str, tmp_path: Path) -> None:
     cards = read_cards(cards_file(tmp_path / "cards.toml", {**OWN, "name": name}))
     assert len(cards) == len(CARDS)
-    assert find_card("NVIDIA GeForce RTX 4090", cards) == card(name=name, headline=True)
+    assert find_card("NVIDIA GeForce RTX 4090", cards) == card(name=name, headline=True, desktop_reserve_gib=1.0)
 
 
 def test_a_later_file_replaces_an_earlier(tmp_path: Path) -> None:

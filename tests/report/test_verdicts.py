@@ -9,8 +9,8 @@ import pytest
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Memory, Record
 from pytest_vram.report.cards import GIB, Card
-from pytest_vram.report.verdicts import ORDER, Verdict, best, judge, largest, minimum, recommended
-from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, gather
+from pytest_vram.report.verdicts import WORDS, Verdict, best, judge, largest, minimum, recommended
+from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, gather, workload_of
 from tests.records.test_schema import MIB, own
 from tests.report.test_workloads import (
     H100,
@@ -26,6 +26,7 @@ from tests.report.test_workloads import (
 )
 
 CONTEXT = 686 * MIB  # of `measured`
+ORDER = tuple(WORDS)
 U = 20_000 * MIB
 
 
@@ -191,10 +192,46 @@ def test_not_supported_comes_before_memory() -> None:
     assert outcome(measured("bf16"), card(GIB, compute_capability="7.5")) == "unsupported"
 
 
-def test_out_of_memory_of_an_unknown_need_fits_nowhere() -> None:
-    verdict = judge(choice(out_of_memory()), card(1000 * GIB))
-    assert (verdict.outcome, verdict.required_bytes) == ("no", None)
-    assert "its need is not known" in verdict.reason
+@pytest.mark.parametrize(("usable", "expected"), [(1000 * GIB, "unknown"), (80 * GIB, "no"), (8 * GIB, "no")])
+def test_out_of_memory_of_an_unknown_need_is_known_only_below_what_it_had(usable: int, expected: str) -> None:
+    verdict = judge(choice(out_of_memory()), card(usable))
+    assert (verdict.outcome, verdict.required_bytes, verdict.runs) == (expected, None, False)
+
+
+def sized(found: Record, width: int, batch: int = 1) -> Record:
+    """The record at another size."""
+    case = found.case.model_copy(update={"width": width, "height": width, "batch_size": batch})
+    return found.model_copy(update={"case": case})
+
+
+def test_what_another_gpu_measured_speaks_where_the_first_has_nothing_that_runs() -> None:
+    heavy = run([measured("fp16", 30 * GIB), measured("bf16", 28 * GIB), measured("fp32", 40 * GIB)])
+    light = run([measured("fp16+model_offload", 6 * GIB)], gpu=RTX_4090, memory=24 * GIB)
+    for runs in ([heavy, light], [light, heavy]):
+        assert taken(gather(runs), card(12 * GIB)) == ("fp16+model_offload", "fits")
+
+
+def test_a_card_that_ran_out_of_memory_itself_is_told_what_others_measured_of_other_sets() -> None:
+    others = run([measured("fp16", 10 * GIB), measured("fp16+vae_slicing", 12 * GIB)])
+    its_own = run([out_of_memory("fp16")], gpu=RTX_4090, memory=24 * GIB)
+    on = card(24 * GIB, reported_as=RTX_4090)
+    assert taken(gather([others, its_own]), on) == ("fp16+vae_slicing", "fits")
+
+
+@pytest.mark.parametrize(("width", "batch", "expected"), [(1024, 4, True), (1536, 1, True), (512, 8, False)])
+def test_a_choice_for_more_of_the_same_has_room_for_less(width: int, batch: int, expected: bool) -> None:
+    more = sized(measured("fp16+model_offload", 6 * GIB), width, batch)
+    evidence = gather([run([measured("fp16", 30 * GIB), more])])
+    verdict = best(workload_of(measured()), card(12 * GIB), evidence)
+    assert verdict.runs is expected
+    if expected:
+        assert (verdict.choice.name, verdict.choice.workload.batch_size) == ("fp16+model_offload", batch)
+
+
+def test_its_own_choices_come_before_those_for_more() -> None:
+    more = sized(measured("fp16", 4 * GIB), 1536)
+    evidence = gather([run([measured("fp16+model_offload", 6 * GIB), more])])
+    assert best(workload_of(measured()), card(12 * GIB), evidence).choice.name == "fp16+model_offload"
 
 
 @pytest.mark.parametrize(
@@ -500,7 +537,7 @@ def batches(*needs_gib: int) -> tuple[list[Workload], Evidence]:
 def test_the_largest_workload_that_runs(needs_gib: tuple[int, ...], expected: int | None) -> None:
     workloads, evidence = batches(*needs_gib)
     found = largest(workloads, card(19 * GIB if 40 in needs_gib else 22 * GIB), evidence)
-    assert (found and found.choice.workload.batch_size) == expected
+    assert (found and found[0].batch_size) == expected
 
 
 def test_a_choice_keeps_its_run() -> None:

@@ -15,6 +15,7 @@ from pytest_vram.report.workloads import (
     Choice,
     Evidence,
     Workload,
+    against,
     baseline,
     frontier,
     gather,
@@ -238,8 +239,8 @@ def test_several_gpus_and_estimates_are_kept_apart() -> None:
     by_gpu = evidence.choices[only(evidence)]
     needs = {gpu: {found.name: found.need_bytes for found in sets.values()} for gpu, sets in by_gpu.items()}
     assert needs == {
-        H100: {"fp16": 10 * GIB, "bf16": 10 * GIB},
-        RTX_4090: {"fp16": 11 * GIB},
+        (H100, 80): {"fp16": 10 * GIB, "bf16": 10 * GIB},
+        (RTX_4090, 24): {"fp16": 11 * GIB},
         None: {"fp16": 9 * GIB, "fp16+vae_tiling": 8 * GIB},
     }
     assert names(evidence.measured(WORKLOAD)) == ["fp16", "bf16"]
@@ -260,12 +261,75 @@ def test_an_estimate_is_no_gpus_even_where_its_run_had_one() -> None:
     assert [group for _, group in evidence.groups(WORKLOAD)] == [evidence.estimated(WORKLOAD)]
 
 
-@pytest.mark.parametrize("kind", [measured, out_of_memory, estimated])
-def test_a_case_with_a_limit_is_a_check_and_no_choice(kind: Any) -> None:
+@pytest.mark.parametrize(("kind", "checks"), [(measured, 1), (out_of_memory, 1), (estimated, 0)])
+def test_a_case_with_a_limit_is_no_choice_and_a_check_where_it_ran(kind: Any, checks: int) -> None:
     limited = kind(case={"limit_bytes": 12 * GIB})
     evidence = gather([run([limited])])
-    assert [found.record for found in evidence.checks] == [limited]
+    assert [found.record for found in evidence.checks] == [limited] * checks
     assert (evidence.choices, evidence.failed) == ({}, [])
+
+
+def test_a_check_that_failed_is_told_although_its_need_is_known() -> None:
+    failed = record(status="error", failure=FAILURE, time={}, memory=NOTHING, case={"limit_bytes": GIB}, id="limited")
+    evidence = gather([run([measured(), failed])])
+    assert [found.record for found in evidence.failed] == [failed]
+
+
+def timed(seconds: float, at_need: float, need: int = 10 * GIB, **changes: Any) -> Record:
+    return measured(need=need, seconds=seconds, time={"at_need_s": at_need}, **changes)
+
+
+def test_times_are_medians_over_runs_of_the_same_software_on_such_a_gpu() -> None:
+    runs = [
+        run([timed(1.0, 2.0)]),
+        run([timed(4.0, 4.0)]),
+        run([timed(2.0, 3.0, need=11 * GIB)]),
+        run([timed(50.0, 50.0)], gpu=RTX_4090, memory=24 * GIB),
+        run([timed(70.0, 70.0)], memory=94 * GIB),
+    ]
+    newer = run([timed(90.0, 90.0)])
+    newer.run.environment["torch"] = "9.9"
+    evidence = gather([newer, *runs])
+    found = evidence.choices[WORKLOAD][H100, 80]["fp16",]
+    assert (found.call_s, found.slowdown, found.need_bytes) == (2.0, 1.5, 11 * GIB)
+    assert found.runs == [runs[2], runs[0], runs[1]]
+
+
+def test_a_pipeline_of_ones_own_has_the_times_of_its_newest_run() -> None:
+    slow = own().model_copy(update={"time": timed(9.0, 9.0).time})
+    [sets] = gather([run([slow]), run([own()])]).choices[workload_of(own())].values()
+    assert [(found.call_s, len(found.runs)) for found in sets.values()] == [(own().time.median_s, 1)]
+
+
+def test_variants_of_one_name_are_kept_apart_and_a_known_need_stands() -> None:
+    evidence = gather([run([measured()], memory=12 * GIB), run([out_of_memory()], memory=8 * GIB)])
+    assert list(evidence.choices[WORKLOAD]) == [(H100, 12), (H100, 8)]
+    evidence = gather([run([measured()]), run([out_of_memory()])])
+    assert [found.need_bytes for found in evidence.measured(WORKLOAD)] == [10 * GIB]
+
+
+def test_a_searched_need_stands_where_the_context_is_not_known() -> None:
+    found = choice(measured(memory={"context_bytes": None, "required_bytes": None, "estimated_need_bytes": 5 * GIB}))
+    assert (found.estimated, found.need_bytes) == (False, 10 * GIB)
+    assert found.required_bytes == 10 * GIB + ASSUMED_CONTEXT_BYTES
+
+
+def test_what_a_choice_saves_and_costs() -> None:
+    plain, other = choice(measured(need=10 * GIB, seconds=2.0)), choice(measured("fp16+a", 7 * GIB, 5.0))
+    assert against(other, plain) == (3 * GIB, 3.0)
+    assert against(plain, plain) == (None, None)
+    assert against(choice(out_of_memory("fp16+a", need=GIB)), plain) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1024, 1024, 0, 1), True), ((1024, 2048, 0, 4), True), ((2048, 512, 0, 1), False), ((1024, 1024, 9, 1), True)],
+)
+def test_a_workload_holds_less_of_the_same(shape: tuple[int, int, int, int], expected: bool) -> None:
+    width, height, frames, batch = shape
+    other = Workload("sdxl", width * height, width, height, frames, batch)
+    assert other.holds(WORKLOAD) is expected
+    assert not Workload("other", 1 << 20, 1024, 1024, 0, 1).holds(WORKLOAD)
 
 
 def test_out_of_memory_without_a_limit_is_a_choice() -> None:
@@ -321,7 +385,7 @@ def test_pipelines_of_ones_own_are_workloads_of_their_tests() -> None:
     other = other.model_copy(update={"case": other.case.model_copy(update={"test": "test_other"})})
     evidence = gather([run([own(), other])])
     assert [workload.test for workload in evidence.choices] == ["test_other", "test_painter"]
-    assert evidence.models() == ["tests/test_app.py"]
+    assert list(evidence.subjects) == ["tests/test_app.py::test_other", "tests/test_app.py::test_painter"]
     assert all(len(evidence.measured(workload)) == 1 for workload in evidence.choices)
 
 
@@ -329,14 +393,14 @@ def test_aliases_of_all_runs_and_models_by_name() -> None:
     records = [measured(case={"model": model}) for model in ("z", "a", "z")]
     runs = [run(records, aliases={"z": ["old"], "a": ["x"]}), run([], aliases={"z": ["new"]})]
     evidence = gather(runs)
-    assert evidence.models() == ["a", "z"]
+    assert list(evidence.subjects) == ["a", "z"]
     assert evidence.aliases == {"z": ["new"], "a": ["x"]}
     assert evidence.runs == runs
 
 
 def test_no_runs_are_no_evidence() -> None:
     evidence = gather([])
-    assert (evidence.choices, evidence.checks, evidence.failed, evidence.models()) == ({}, [], [], [])
+    assert (evidence.choices, evidence.checks, evidence.failed, evidence.subjects) == ({}, [], [], {})
 
 
 def test_a_run_of_a_gpu_without_a_name_is_not_taken_for_an_estimate() -> None:
@@ -374,7 +438,7 @@ def made_for(model: Model, size: int, frames: int | None = None) -> dict[str, Mo
 )
 def test_lead(wanted: list[tuple[int, int, int]], native: int | None, expected: tuple[int, int], tiny: Model) -> None:
     evidence = shapes(*wanted)
-    found = lead("sdxl", evidence.choices, evidence, made_for(tiny, native) if native else {})
+    found = lead("sdxl", evidence, made_for(tiny, native) if native else {})
     assert (found.width, found.batch_size) == expected
 
 
@@ -384,13 +448,13 @@ def test_the_native_size_of_a_video_has_its_frames(tiny: Model) -> None:
         measured(case={"frames": 49}),
     ]
     evidence = gather([run(both)])
-    assert lead("sdxl", evidence.choices, evidence, made_for(tiny, 1024, frames=49)).frames == 49
+    assert lead("sdxl", evidence, made_for(tiny, 1024, frames=49)).frames == 49
 
 
 def test_lead_looks_at_its_own_model_only() -> None:
     evidence = gather([run([measured(), measured(case={"model": "b", "batch_size": 4}), own()])])
-    assert lead("b", evidence.choices, evidence, {}).batch_size == 4
-    assert lead("tests/test_app.py", evidence.choices, evidence, {}).test == "test_painter"
+    assert lead("b", evidence, {}).batch_size == 4
+    assert lead("tests/test_app.py::test_painter", evidence, {}).test == "test_painter"
 
 
 @pytest.mark.parametrize(

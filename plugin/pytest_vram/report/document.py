@@ -4,6 +4,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,11 @@ class Document:
     @property
     def gpus(self) -> list[str]:
         """The GPUs that were measured."""
-        known = (
-            choice.gpu for workload in self.evidence.choices for one in self.evidence.by_gpu(workload) for choice in one
-        )
-        return sorted({gpu for gpu in known if gpu is not None})
+        return self.evidence.gpus
 
     # Answers
 
+    @cached_property
     def answers(self) -> list[dict[str, Any]]:
         """For each model: the smallest card that runs it, and the smallest that runs it well."""
         found = []

@@ -42,15 +42,14 @@ def _class(card: Card, evidence: Evidence) -> Hashable:
 
 
 def _rows(workload: Workload, cards: list[Card], document: Document) -> list[list[Any]]:
-    taken = [best(workload, card, document.evidence).choice for card in cards]
+    taken = [best(workload, card, document.evidence) for card in cards]
     rows = []
     for plain, choices in document.evidence.groups(workload):
         edge = frontier(choices)
         for choice in choices:
             letters = (
-                letter.upper() if choice is take else letter
-                for card, take in zip(cards, taken, strict=True)
-                for letter in [LETTERS[judge(choice, card).outcome]]
+                LETTERS[verdict.outcome].upper() if choice is verdict.choice else LETTERS[judge(choice, card).outcome]
+                for card, verdict in zip(cards, taken, strict=True)
             )
             rows.append([*_figures(choice, plain, choice in edge, document), "".join(letters)])
     return rows

@@ -154,7 +154,7 @@ class Report:
             "header": self.header,
             "gpus": document.gpus,
             "estimates": document.estimates,
-            "answers": document.answers(),
+            "answers": document.answers,
             "largest": document.largest(),
             "charts": charts,
             "checks": document.checks(),

@@ -31,7 +31,8 @@ ESTIMATE_SHARE = 0.10  # of a simulated need
 SLOWDOWN = 1.25
 
 Outcome = Literal["fits", "tight", "no", "unsupported", "unknown"]
-WORDS: dict[Outcome, str] = {"fits": "fits", "tight": "tight", "no": "no", "unsupported": "–", "unknown": "?"}
+RUNS: tuple[Outcome, Outcome] = ("fits", "tight")
+WORDS: dict[Outcome, str] = {"fits": "fits", "tight": "tight", "unknown": "?", "no": "no", "unsupported": "–"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Verdict:
     @property
     def runs(self) -> bool:
         """Whether it fits, if only tightly."""
-        return self.outcome in ("fits", "tight")
+        return self.outcome in RUNS
 
     @property
     def estimated(self) -> bool:
@@ -72,7 +73,7 @@ def judge(choice: Choice, card: Card) -> Verdict:
         reason = "it ran out of memory with as much" if less else "its need is not known"
         return Verdict("no" if less else "unknown", choice, card, reason=reason)
     measured_context = choice.record.memory.context_bytes
-    same = card.is_gpu(choice.run.gpu, choice.run.gpu_memory_bytes)
+    same = card.reported_as == choice.gpu and card.is_gpu(choice.gpu, choice.run.gpu_memory_bytes)
     known = same and not choice.estimated
     context = measured_context if known and measured_context else max(measured_context or 0, ASSUMED_CONTEXT_BYTES)
     required = max(need + context, choice.at_least_bytes)
@@ -104,49 +105,61 @@ def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
     with a flag that was seen to change nothing stands back for the set without it. Where nothing runs, a choice for
     more of the same (a larger size or batch) is taken if that runs: it has room for this.
     """
-    if (known := evidence.verdicts.get((workload, card))) is None:
-        known = _of_its_own(workload, card, evidence)
-        larger = (other for other in evidence.subjects[workload.subject] if other != workload and other.holds(workload))
-        if not known.runs:
-            known = next((v for other in larger if (v := best(other, card, evidence)).runs), known)
-        evidence.verdicts[workload, card] = known
-    found: Verdict = known
+    on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability), {})
+    for one in (workload, *evidence.larger(workload)):
+        verdict = on_card.get(one)
+        if verdict is None:
+            verdict = on_card[one] = _of_its_own(one, card, evidence)
+        if verdict.outcome in RUNS:
+            break
+    else:
+        verdict = on_card[workload]
+    found: Verdict = verdict
     return found
 
 
 def _of_its_own(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
     """The verdict from the choices of this workload alone."""
-    groups = evidence.by_gpu(workload)
-    own = [choices for choices in groups if card.is_gpu(choices[0].gpu, choices[0].run.gpu_memory_bytes)]
-    told = {choice.optimizations for choices in own for choice in choices}  # other GPUs need not speak of these
-    others = [[c for c in choices if c.optimizations not in told] for choices in groups if choices not in own]
     judged: list[Verdict] = []
-    for choices in (*own, *others, evidence.estimated(workload)):
-        verdicts = [judge(choice, card) for choice in without_idle_flags(choices)]
-        for outcome in ("fits", "tight"):
+    for choices in _in_order(workload, card, evidence):
+        verdicts = [judge(choice, card) for choice in choices]
+        for outcome in RUNS:
             if found := [verdict for verdict in verdicts if verdict.outcome == outcome]:
                 return _fastest(found)
         judged += verdicts
     return min(judged, key=_known_best)
 
 
-def _known_best(verdict: Verdict) -> tuple[int, bool, int]:
+def _in_order(workload: Workload, card: Card, evidence: Evidence) -> list[list[Choice]]:
+    """The choices to judge, group by group: of the card itself, then of other GPUs what it does not speak of itself."""
+    groups = evidence.candidates(workload)
+    if card.reported_as not in evidence.gpus:
+        return groups
+    own = [c for c in groups if c and c[0].gpu and card.is_gpu(c[0].gpu, c[0].run.gpu_memory_bytes)]
+    told = {choice.optimizations for choices in own for choice in choices}
+    return [*own, *([c for c in choices if c.optimizations not in told] for choices in groups if choices not in own)]
+
+
+def _known_best(verdict: Verdict) -> tuple[int, bool, bool, int]:
     """Of what does not fit, the order in which it is named."""
-    order = ("no", "unknown", "unsupported")
-    return (
-        order.index(verdict.outcome),
-        verdict.required_bytes is None or verdict.estimated,
-        verdict.required_bytes or 0,
-    )
+    order, required = ("no", "unknown", "unsupported"), verdict.required_bytes
+    return order.index(verdict.outcome), required is None, verdict.estimated, required or 0
 
 
 def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
+    if len(verdicts) == 1:
+        return verdicts[0]
+
     def seconds(verdict: Verdict) -> float:
         return verdict.call_s or float("inf")
 
+    def cost(verdict: Verdict) -> tuple[int, int, int, float]:
+        choice = verdict.choice
+        moves = choice.moves if seconds(verdict) == float("inf") else 0  # where no time tells what an offload costs
+        return moves, len(choice.flags), verdict.required_bytes or 0, seconds(verdict)
+
     limit = SAME_TIME * min(map(seconds, verdicts))
-    close = [verdict for verdict in verdicts if seconds(verdict) <= limit]
-    return min(close, key=lambda verdict: (len(verdict.choice.flags), verdict.required_bytes or 0, seconds(verdict)))
+    return min((verdict for verdict in verdicts if seconds(verdict) <= limit), key=cost)
 
 
 def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:

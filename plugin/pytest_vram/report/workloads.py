@@ -1,7 +1,7 @@
 """From records to choices: for each workload the sets of optimizations to choose from, each by its best record."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,14 @@ class Workload:
     frames: int = 0
     batch_size: int = 0
     test: str = ""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Workloads are looked up a million times in a large report."""
+        return hash((self.model, self.width, self.height, self.frames, self.batch_size, self.test))
 
     @property
     def size(self) -> str:
@@ -147,6 +155,11 @@ class Choice:
         return any("offload" in name for name in self.optimizations)
 
     @property
+    def moves(self) -> int:
+        """What an offload moves between host and GPU in a call: 0 nothing, 1 whole networks, 2 single layers."""
+        return 2 if "sequential_offload" in self.optimizations else int(self.offloads)
+
+    @property
     def host_bytes(self) -> int | None:
         """Host memory: the process's peak; and the weights, which go through it from a checkpoint to the GPU, where the
         measured process made random ones on the GPU."""
@@ -192,7 +205,7 @@ class Evidence:
     checks: Sequence[Choice] = ()
     failed: Sequence[Choice] = ()
     aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    verdicts: dict[tuple[Workload, Any], Any] = field(default_factory=dict)
+    verdicts: dict[Hashable, dict[Workload, Any]] = field(default_factory=dict)
 
     @cached_property
     def subjects(self) -> Mapping[str, list[Workload]]:
@@ -202,21 +215,59 @@ class Evidence:
             found.setdefault(workload.subject, []).append(workload)
         return found
 
+    @cached_property
+    def _larger(self) -> dict[Workload, list[Workload]]:
+        return {
+            workload: [other for other in workloads if other != workload and other.holds(workload)]
+            for workloads in self.subjects.values()
+            for workload in workloads
+        }
+
+    def larger(self, workload: Workload) -> list[Workload]:
+        """The workloads that are at least as much of the same, in rising order."""
+        return self._larger[workload]
+
+    @cached_property
+    def _by_gpu(self) -> dict[Workload, list[list[Choice]]]:
+        found = {}
+        for workload, by_gpu in self.choices.items():
+            groups = [list(sets.values()) for gpu, sets in by_gpu.items() if gpu is not None]
+            groups.reverse()  # the last of equals first
+            found[workload] = sorted(groups, key=len, reverse=True)
+        return found
+
     def by_gpu(self, workload: Workload) -> list[list[Choice]]:
         """The choices of each GPU that measured this workload, first of the one that measured most of it."""
-        groups = [list(sets.values()) for gpu, sets in self.choices[workload].items() if gpu is not None]
-        groups.reverse()  # the last of equals first
-        return sorted(groups, key=len, reverse=True)
+        return self._by_gpu[workload]
 
     def measured(self, workload: Workload) -> list[Choice]:
         """The choices of the GPU that measured most of this workload; the last of equals."""
         return next(iter(self.by_gpu(workload)), [])
 
+    @cached_property
+    def _estimated(self) -> dict[Workload, list[Choice]]:
+        found = {}
+        for workload, by_gpu in self.choices.items():
+            measured = {names for gpu, sets in by_gpu.items() if gpu is not None for names in sets}
+            found[workload] = [choice for names, choice in by_gpu.get(None, {}).items() if names not in measured]
+        return found
+
     def estimated(self, workload: Workload) -> list[Choice]:
         """The choices that were estimated with no GPU, and measured on none."""
-        by_gpu = self.choices[workload]
-        measured = {names for gpu, sets in by_gpu.items() if gpu is not None for names in sets}
-        return [choice for names, choice in by_gpu.get(None, {}).items() if names not in measured]
+        return self._estimated[workload]
+
+    @cached_property
+    def gpus(self) -> list[str]:
+        """The GPUs that something was measured on."""
+        return sorted({c.gpu for groups in self._by_gpu.values() for choices in groups for c in choices if c.gpu})
+
+    @cached_property
+    def _candidates(self) -> dict[Workload, list[list[Choice]]]:
+        return {w: [without_idle_flags(c) for c in (*self.by_gpu(w), self.estimated(w))] for w in self.choices}
+
+    def candidates(self, workload: Workload) -> list[list[Choice]]:
+        """What may be taken: of each GPU, and of the estimates, the choices without flags that change nothing."""
+        return self._candidates[workload]
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
         """The choices of each GPU, and the estimates, each group after the choice that it is compared with."""
