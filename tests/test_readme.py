@@ -83,6 +83,20 @@ def test_every_case_is_close_to_its_estimate(records: dict[str, Record]) -> None
         assert estimate == pytest.approx(record.memory.allocated_peak_bytes, rel=0.01)
 
 
+def test_what_is_said_of_fragmentation_is_so(records: dict[str, Record]) -> None:
+    said = re.search(r"SDXL at batch 4 ran out of memory once with ([\d.]+) % more than it requires", FLAT)
+    assert said
+    runs = [read_run(path).records for path in (ROOT / "results").glob("nvidia-*/*.json")]
+    [limit] = [
+        one.case.limit_bytes
+        for found in runs
+        for one in found
+        if one.status == "oom" and one.id.startswith("sdxl/fp16/1024x1024/b4/")
+    ]
+    required = records["sdxl/fp16/1024x1024/b4"].memory.required_bytes
+    assert f"{100 * ((limit or 0) / (required or 1) - 1):.1f}" == said[1]
+
+
 def test_the_filled_card_agreed() -> None:
     assert CHECKS
     assert FILE
