@@ -1,16 +1,19 @@
 """What the page's table searches: every choice once, its verdicts those of the rule."""
 
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pytest_vram.records.schema import Record
 from pytest_vram.report.cards import GIB, find_card, read_cards
 from pytest_vram.report.document import Document
 from pytest_vram.report.explorer import COLUMNS, LETTERS, explorer
 from pytest_vram.report.render import HEADS
 from pytest_vram.report.verdicts import best, judge
-from pytest_vram.report.workloads import Choice
+from pytest_vram.report.workloads import Choice, against, frontier
 from tests.records.test_schema import BARE, FAILURE, MIB, own, record
 from tests.report.test_render import H100, a_report, a_run, estimate
 
@@ -33,7 +36,7 @@ def by_column(made: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["size"], row["batch"], row["set"], row["run"]
+    return row["model"], row["size"], row["batch"], row["set"], row["runs"]
 
 
 def rows_with_choices(made: dict[str, Any], document: Document) -> list[tuple[dict[str, Any], Choice]]:
@@ -74,12 +77,73 @@ def test_the_figures_are_those_of_the_records(made: dict[str, Any], document: Do
             assert row["required"] == pytest.approx(memory.required_bytes / GIB, abs=0.005)
         if memory.nvml_process_peak_bytes:
             assert row["shown"] == pytest.approx(memory.nvml_process_peak_bytes / GIB, abs=0.005)
-        if time.full_length_s:
-            assert row["seconds"] == pytest.approx(time.full_length_s, abs=0.0005)
+        times = [time, *(same.time for _, same in others_of(choice, document))]
+        for column, values, digits in (
+            ("seconds", [time.full_length_s or time.median_s for time in times], 3),
+            ("slowdown", [time.at_need_s and time.median_s and time.at_need_s / time.median_s for time in times], 2),
+        ):
+            known = [value for value in values if value]
+            assert row[column] == (round(statistics.median(known), digits) if known else None)
+
+
+def others_of(choice: Choice, document: Document) -> list[tuple[str, Record]]:
+    """The other records of the same set on such a GPU with the same software, beside the tags of their runs."""
+
+    def software(environment: dict[str, Any]) -> list[Any]:
+        return [environment.get(name) for name in ("gpu", "torch", "diffusers", "driver")]
+
+    def case(record: Record) -> dict[str, Any]:
+        names = {"model", "test", "width", "height", "frames", "batch_size", "optimizations", "limit_bytes"}
+        return record.case.model_dump(include=names)
+
+    return [
+        (document.tags[run.path], record)
+        for run in document.evidence.runs
+        if software(run.run.environment) == software(choice.run.run.environment)
+        for record in run.records
+        if record is not choice.record and record.method == choice.record.method and record.status in ("ok", "oom")
+        if record.case.limit_bytes is None and case(record) == case(choice.record)
+    ]
+
+
+def test_a_row_names_every_run_that_its_figures_come_from(made: dict[str, Any], document: Document) -> None:
+    several = 0
+    for row, choice in rows_with_choices(made, document):
+        first, *others = row["runs"].split()
+        assert first == document.tags[choice.run.path], "that of its memory"
+        assert len({first, *others}) == 1 + len(others)
+        timed = {tag for tag, record in others_of(choice, document) if record.time.median_s is not None}
+        assert set(others) == timed - {first}
+        several += len(others) > 1
+    assert several > 0
+
+
+def test_what_is_saved_and_paid_and_the_frontier_are_of_the_row_s_group(
+    made: dict[str, Any], document: Document
+) -> None:
+    rows = {choice: row for row, choice in rows_with_choices(made, document)}
+    for workload in document.evidence.choices:
+        for plain, choices in document.evidence.groups(workload):
+            for choice in choices:
+                saved, paid = against(choice, plain)
+                assert rows[choice]["saved"] == (None if saved is None else round(saved / GIB, 2))
+                assert rows[choice]["paid"] == (None if paid is None else round(paid, 2))
+            assert [rows[choice]["frontier"] for choice in choices] == [int(c in frontier(choices)) for c in choices]
 
 
 def test_every_heading_has_its_column(made: dict[str, Any]) -> None:
     assert {name for name, _, _ in HEADS} - {"verdict"} <= set(made["columns"])
+
+
+def test_every_letter_has_its_word_best_first(made: dict[str, Any]) -> None:
+    assert made["words"] == [
+        ["f", "fits", "fits"],
+        ["t", "tight", "tight"],
+        ["q", "unknown", "?"],
+        ["n", "no", "no"],
+        ["u", "unsupported", "–"],
+    ]
+    assert {letter.lower() for row in by_column(made) for letter in row["verdicts"]} <= set("ftqnu")
 
 
 def test_a_letter_for_each_class_of_cards(made: dict[str, Any]) -> None:
@@ -110,14 +174,38 @@ def test_a_capital_is_the_choice_to_take(name: str, made: dict[str, Any], docume
         assert row["verdicts"][place].isupper() == (best(choice.workload, card, document.evidence).choice is choice)
 
 
-def test_one_capital_for_each_workload_and_class(made: dict[str, Any], document: Document) -> None:
-    taken: dict[tuple[str, str, int], list[int]] = {}
-    for row in by_column(made):
-        counts = taken.setdefault((row["model"], row["size"], row["batch"]), [0] * len(row["verdicts"]))
-        for place, letter in enumerate(row["verdicts"]):
-            counts[place] += letter.isupper()
-    assert len(taken) == len(document.evidence.choices)
-    assert {count for counts in taken.values() for count in counts} == {1}
+def letters(rows: Iterable[dict[str, Any]], place: int) -> str:
+    return "".join(row["verdicts"][place] for row in rows)
+
+
+def test_one_capital_for_each_workload_and_class_unless_only_a_larger_one_runs(
+    made: dict[str, Any], document: Document
+) -> None:
+    of: dict[Any, list[dict[str, Any]]] = {}
+    for row, choice in rows_with_choices(made, document):
+        of.setdefault(choice.workload, []).append(row)
+    assert list(of) == list(document.evidence.choices)
+    for workload, rows in of.items():
+        larger = [row for other in of if other != workload and other.holds(workload) for row in of[other]]
+        for place in range(len(rows[0]["verdicts"])):
+            own, others = letters(rows, place), letters(larger, place)
+            runs, larger_runs = set(own.lower()) & set("ft"), set(others.lower()) & set("ft")
+            capitals = [letter for letter in own if letter.isupper()]
+            assert len(capitals) == (1 if runs or not larger_runs else 0)
+            assert set(capitals) <= set("FT" if runs else "NQU")
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large"), [("RTX 4060", "n", "F"), ("RTX 4090", "F", "F"), ("GTX 1060 3GB", "N", "N")]
+)
+def test_no_capital_where_only_a_larger_workload_runs(name: str, small: str, large: str) -> None:
+    memory = {"need_bytes": 4000 * MIB, "required_bytes": 4686 * MIB}
+    case = {"optimizations": ["fp16", "model_offload"], "batch_size": 4}
+    document = a_report(a_run(record(), record(case=case, memory=memory, id="more"))).document()
+    made = explorer(document)
+    card = find_card(name, document.cards)
+    [place] = [place for other, _, place in made["cards"] if other == card.name]
+    assert [(row["batch"], row["verdicts"][place]) for row in by_column(made)] == [(1, small), (4, large)]
 
 
 def test_every_card_of_a_class_has_the_same_verdicts(made: dict[str, Any], document: Document) -> None:
@@ -128,16 +216,41 @@ def test_every_card_of_a_class_has_the_same_verdicts(made: dict[str, Any], docum
         assert first.setdefault(place, (outcomes, taken)) == (outcomes, taken), card.name
 
 
+def on(gpu: str, mib: int) -> dict[str, Any]:
+    return {**H100, "gpu": gpu, "gpu_memory_bytes": mib * MIB}
+
+
 def test_two_gpus_each_have_their_rows_and_share_one_capital() -> None:
-    a100 = {**H100, "gpu": "NVIDIA A100-SXM4-80GB", "gpu_memory_bytes": 81038 * MIB}
+    a100 = on("NVIDIA A100-SXM4-80GB", 81038)
     runs = a_run(record(), path="h.json"), a_run(record(), path="a.json", environment=a100)
     made = explorer(a_report(*runs).document())
     rows = by_column(made)
-    assert [row["run"] for row in rows] == ["R1", "R2"]
+    assert [row["runs"] for row in rows] == ["R2", "R1"], "the last of equals first"
+    assert [row["paid"] for row in rows] == [None, None], "times of two GPUs are not compared"
     for one, other in zip(rows[0]["verdicts"], rows[1]["verdicts"], strict=True):
         assert one.isupper() != other.isupper()
-    [a100_place] = [place for name, _, place in made["cards"] if name == "A100 80GB"]
-    assert rows[1]["verdicts"][a100_place].isupper()
+    for name, taken in (("A100 80GB", 0), ("H100 80GB", 1), ("GeForce RTX 4090", 0)):
+        [place] = [place for other, _, place in made["cards"] if other == name]
+        assert [row["verdicts"][place].isupper() for row in rows] == [taken == 0, taken == 1], name
+
+
+def test_two_sizes_of_one_gpu_are_two_gpus() -> None:
+    name = "NVIDIA GeForce RTX 3060"
+    small, large, again = (on(name, mib) for mib in (8192 - 20, 12288 - 370, 12288 - 390))
+    used = {"allocated_peak_bytes": 7200, "reserved_peak_bytes": 7300, "nvml_process_peak_bytes": 7990}
+    used |= {"need_bytes": 7200, "required_bytes": 7886}
+    memory = {key: mib * MIB for key, mib in used.items()}
+
+    def timed(seconds: float) -> Record:
+        workers = [{"rounds_s": [seconds], "median_s": seconds}]
+        return record(memory=memory, time={"median_s": seconds, "workers": workers})
+
+    runs = [
+        a_run(timed(seconds), path=f"{seconds}.json", environment=environment)
+        for seconds, environment in ((9.0, small), (3.0, large), (4.0, again))
+    ]
+    rows = by_column(explorer(a_report(*runs).document()))
+    assert [(row["runs"], row["seconds"]) for row in rows] == [("R3 R2", 3.5), ("R1", 9.0)]
 
 
 def test_a_pipeline_of_ones_own_has_its_test_for_a_size() -> None:
@@ -147,10 +260,24 @@ def test_a_pipeline_of_ones_own_has_its_test_for_a_size() -> None:
 
 def test_what_is_not_known_is_null() -> None:
     oom = record(status="oom", failure=FAILURE, time={}, memory=BARE)
-    [row] = by_column(explorer(a_report(a_run(oom)).document()))
-    names = ("required", "saved", "shown", "seconds", "slowdown", "host", "disk")
+    document = a_report(a_run(oom)).document()
+    made = explorer(document)
+    [row] = by_column(made)
+    names = ("saved", "shown", "seconds", "paid", "slowdown", "host", "disk")
     assert [row[name] for name in names] == [None] * len(names)
-    assert set(row["verdicts"].lower()) <= {"n", "u"}
+    assert (row["frontier"], row["remark"]) == (0, "out of memory")
+    assert row["required"] == round(81079 / 1024, 2), "what the GPU had"
+    for card, (_, _, place) in zip(document.cards, made["cards"], strict=True):
+        assert row["verdicts"][place] == ("N" if card.usable_bytes <= 81079 * MIB else "Q"), card.name
+    assert set(row["verdicts"]) == {"N", "Q"}
+
+
+def test_what_ran_out_of_memory_requires_more_than_the_gpu_had() -> None:
+    oom = record(status="oom", failure=FAILURE, time={})
+    for gpu_mib, expected in ((11000, 12786), (16000, 16000)):
+        run = a_run(oom, environment=on("NVIDIA RTX A4000", gpu_mib))
+        [row] = by_column(explorer(a_report(run).document()))
+        assert row["required"] == round(expected / 1024, 2)
 
 
 def test_an_estimate_is_marked() -> None:
@@ -158,15 +285,26 @@ def test_an_estimate_is_marked() -> None:
     assert [(row["batch"], row["estimated"]) for row in rows] == [(1, 0), (4, 1)]
 
 
-def test_what_a_set_saves_is_against_the_plain_dtype() -> None:
-    memory = {"need_bytes": 12100 * MIB - GIB, "required_bytes": 12786 * MIB - GIB}
-    less = record(case={"optimizations": ["fp16", "vae_tiling"]}, memory=memory, id="less")
-    rows = by_column(explorer(a_report(a_run(record(), less)).document()))
-    assert {row["set"]: row["saved"] for row in rows} == {"fp16": None, "fp16+vae_tiling": 1.0}
+def test_what_a_set_saves_and_costs_is_against_the_plain_dtype() -> None:
+    def less(name: str, mib: int, seconds: float) -> Record:
+        memory = {"need_bytes": (12100 - mib) * MIB, "required_bytes": (12786 - mib) * MIB}
+        time = {"median_s": seconds, "workers": [{"rounds_s": [seconds], "median_s": seconds}]}
+        return record(case={"optimizations": ["fp16", name]}, memory=memory, time=time, id=name)
+
+    sets = less("vae_tiling", 1024, 2.5), less("model_offload", 6144, 10.0), less("sequential_offload", 5120, 9.0)
+    rows = by_column(explorer(a_report(a_run(record(), *sets)).document()))
+    assert {row["set"]: (row["saved"], row["paid"], row["frontier"]) for row in rows} == {
+        "fp16": (None, None, 0),
+        "fp16+vae_tiling": (1.0, 0.5, 1),
+        "fp16+model_offload": (6.0, 8.0, 1),
+        "fp16+sequential_offload": (5.0, 7.0, 0),
+    }
 
 
 def test_a_card_of_ones_own_is_there(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('[[cards]]\nname="Ours"\nkind="desktop"\nmemory_gib=64\nvisible_gib=63\n')
     report = a_report(a_run(record()))
-    document = Document(report.document().evidence, read_cards(tmp_path / "own.toml"), report.models, Path())
-    assert ["Ours", 63.0] in [card[:2] for card in explorer(document)["cards"]]
+    for headless, usable in ((False, 62.0), (True, 63.0)):
+        cards = read_cards(tmp_path / "own.toml", headless=headless)
+        document = Document(report.document().evidence, cards, report.models, Path())
+        assert ["Ours", usable] in [card[:2] for card in explorer(document)["cards"]]

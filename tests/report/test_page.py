@@ -17,7 +17,8 @@ from selenium.webdriver.support.ui import Select
 
 from pytest_vram.report.explorer import explorer
 from pytest_vram.report.render import Report
-from tests.report.test_render import HOSTILE, a_report, hostile_run
+from tests.records.test_schema import BARE, FAILURE, MIB, record
+from tests.report.test_render import HOSTILE, a_report, a_run, estimate, hostile_run
 
 CHROMIUM, CHROMEDRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 pytestmark = pytest.mark.skipif(
@@ -25,22 +26,25 @@ pytestmark = pytest.mark.skipif(
 )
 
 CARD = "GeForce RTX 3060 12GB"
-WORDS = {"f": "fits", "t": "tight", "n": "no", "u": "–"}
+WORDS = {"f": "fits", "t": "tight", "q": "?", "n": "no", "u": "–"}
 COLUMNS = (
     "model",
     "size",
     "batch",
-    "set",
     "verdict",
     "required",
-    "saved",
-    "shown",
+    "set",
     "seconds",
+    "saved",
+    "paid",
+    "frontier",
+    "shown",
     "slowdown",
     "host",
     "disk",
-    "run",
+    "runs",
 )
+ON_A_PHONE = ("model", "size", "batch", "verdict", "required", "set", "seconds", "runs")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +128,8 @@ def rows(driver: Chrome) -> list[dict[str, str]]:
 def names(shown: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """What names each row, whatever else it says."""
     return [
-        (row["model"], row["size"], str(row["batch"]), re.sub(r" \(.*", "", row["set"]), row["run"]) for row in shown
+        (row["model"], row["size"], str(row["batch"]), re.sub(r" \(.*", "", row["set"]), row["runs"].strip())
+        for row in shown
     ]
 
 
@@ -153,7 +158,23 @@ def sorted_as(driver: Chrome, key: str) -> str | None:
 
 def required(driver: Chrome) -> list[float]:
     """What the rows require, as far as it is known."""
-    return [float(row["required"].lstrip("~")) for row in rows(driver) if row["required"].lstrip("~") != "–"]
+    return [float(row["required"].lstrip("~> ")) for row in rows(driver) if row["required"].lstrip("~> ") != "–"]
+
+
+def seen(driver: Chrome) -> list[tuple[str, ...]]:
+    """The columns that the heads and each row show on the screen, every kind of line once."""
+    script = """
+        const shown = (line) => [...line.children].map((cell, at) => cell.getClientRects().length ? at : -1);
+        const lines = [...document.querySelectorAll('#find thead tr, #rows tr')];
+        return [...new Set(lines.map((line) => JSON.stringify(shown(line).filter((at) => at >= 0))))].map(JSON.parse)
+    """
+    return [tuple(COLUMNS[at] for at in line) for line in driver.execute_script(script)]
+
+
+def test_the_heads_are_those_of_the_columns(page: Chrome) -> None:
+    heads = page.find_elements(By.CSS_SELECTOR, "#find thead th")
+    assert [cell.get_attribute("data-key") for cell in heads] == [*COLUMNS[:-1], None]
+    assert heads[-1].text == "runs"
 
 
 def test_it_opens_with_every_choice_and_nothing_in_the_console(
@@ -167,20 +188,41 @@ def test_it_opens_with_every_choice_and_nothing_in_the_console(
     assert console(driver) == []
 
 
+def number(cell: str) -> float | None:
+    """A cell's signed figure; None where it says that there is none."""
+    return None if cell == "–" else float(cell.replace("−", "-"))
+
+
 def test_the_cells_are_the_explorer_s_figures(page: Chrome, data: list[dict[str, Any]]) -> None:
     for shown, row in zip(rows(page), data, strict=True):
         if row["required"] is not None:
-            assert shown["required"] == ("~" if row["estimated"] else "") + f"{row['required']:.2f}"
+            mark = "> " if "out of memory" in row["remark"] else "~" if row["estimated"] else ""
+            assert shown["required"] == f"{mark}{row['required']:.2f}"
         for key, digits in (("shown", 2), ("host", 2), ("disk", 2)):
             assert shown[key] == ("–" if row[key] is None else f"{row[key]:.{digits}f}")
-        if row["seconds"] is not None:
+        if row["seconds"] is None:
+            assert shown["seconds"] == "–"
+        else:
             assert float(shown["seconds"]) == pytest.approx(row["seconds"], rel=0.005)
-        if row["saved"] is not None:
-            assert float(shown["saved"].replace("−", "-")) == row["saved"]
-        if row["slowdown"] is not None:
-            assert shown["slowdown"] == f"×{row['slowdown']:.2f}"
-        assert row["remark"] in shown["set"]
+        for key in ("saved", "paid"):
+            assert number(shown[key]) == row[key]
+            assert (row[key] or 0) <= 0 or shown[key].startswith("+")
+        assert shown["slowdown"] == ("–" if row["slowdown"] is None else f"×{row['slowdown']:.2f}")
+        assert shown["frontier"] == ("●" if row["frontier"] else "")
+        assert shown["set"] == row["set"] + (f" ({row['remark']})" if row["remark"] else "")
+        assert shown["runs"].split() == row["runs"].split()
         assert shown["verdict"] == "", "no card is chosen"
+    for key in ("paid", "saved", "slowdown", "seconds"):
+        assert len({row[key] is None for row in data}) == 2, "both kinds were seen"
+    assert {row["frontier"] for row in data} == {0, 1}
+
+
+def test_the_verdict_is_seen_once_there_is_a_card(page: Chrome) -> None:
+    assert seen(page) == [tuple(key for key in COLUMNS if key != "verdict")]
+    choose(page, "card", CARD)
+    assert seen(page) == [COLUMNS]
+    by_id(page, "reset").click()
+    assert seen(page) == [tuple(key for key in COLUMNS if key != "verdict")]
 
 
 def test_filter_by_model(page: Chrome, data: list[dict[str, Any]]) -> None:
@@ -213,7 +255,11 @@ def test_a_card_shows_the_set_to_take(
     expected = [row for row in data if row["verdicts"][places[card]].isupper()]
     shown = rows(page)
     assert names(shown) == names(expected)
-    assert len({(row["model"], row["size"], row["batch"]) for row in shown}) == len(shown)
+    workloads = {(row["model"], row["size"], str(row["batch"])) for row in shown}
+    assert len(workloads) == len(shown)
+    for key in {(row["model"], row["size"], str(row["batch"])) for row in data} - workloads:
+        own = [row for row in data if (row["model"], row["size"], str(row["batch"])) == key]
+        assert {row["verdicts"][places[card]] for row in own} <= set("nqu"), "only a larger workload runs"
     assert [row["verdict"].lstrip("~") for row in shown] == [
         WORDS[row["verdicts"][places[card]].lower()] for row in expected
     ]
@@ -297,7 +343,7 @@ def test_sort_by_verdict_has_what_fits_first(page: Chrome) -> None:
     by_id(page, "best").click()
     head(page, "verdict").click()
     shown = [row["verdict"].lstrip("~") for row in rows(page)]
-    assert shown == sorted(shown, key=["fits", "tight", "no", "–"].index)
+    assert shown == sorted(shown, key=["fits", "tight", "?", "no", "–"].index)
     assert len(set(shown)) > 2
 
 
@@ -355,12 +401,20 @@ def test_an_address_with_a_name_of_another_page_shows_everything(
         assert Select(by_id(page, control)).first_selected_option.text.startswith(("all", "any"))
 
 
-def test_a_row_leads_to_its_run(page: Chrome) -> None:
-    link = page.find_element(By.CSS_SELECTOR, "#rows a")
-    target = by_id(page, link.text)
-    link.click()
-    assert target.tag_name == "tr"
-    assert page.current_url.endswith("#" + link.text)
+def test_a_row_leads_to_each_of_its_runs(page: Chrome, data: list[dict[str, Any]]) -> None:
+    script = """return [...document.querySelectorAll('#rows tr')].map((row) =>
+        [...row.querySelectorAll('a')].map((link) => [link.textContent, link.getAttribute('href')]))"""
+    assert page.execute_script(script) == [[[tag, "#" + tag] for tag in row["runs"].split()] for row in data]
+    place = next(place for place, row in enumerate(data) if " " in row["runs"])
+    links = page.find_elements(By.CSS_SELECTOR, f"#rows tr:nth-child({place + 1}) a")
+    assert len(links) > 1
+    for link in links:
+        tag = link.text
+        target = by_id(page, tag)
+        link.click()
+        assert target.tag_name == "tr"
+        assert target.find_element(By.CSS_SELECTOR, "th").text == tag
+        assert page.current_url.endswith("#" + tag)
 
 
 def test_the_page_does_not_scroll_sideways_on_a_phone(page: Chrome) -> None:
@@ -372,6 +426,19 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(page: Chrome) -> None:
             wide, inner = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
             assert inner == 390
             assert wide <= inner
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize(("width", "narrow"), [(390, True), (640, True), (641, False)])
+def test_a_narrow_screen_has_fewer_columns(width: int, narrow: bool, page: Chrome) -> None:
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        for card in (CARD, ""):
+            choose(page, "card", card)
+            wanted = ON_A_PHONE if narrow else COLUMNS
+            assert seen(page) == [tuple(key for key in wanted if card or key != "verdict")]
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -407,6 +474,52 @@ def test_ten_thousand_rows_are_shown_in_portions(
     by_id(driver, "memory").send_keys("1")
     assert len(rows(driver)) == 11
     assert not by_id(driver, "more").is_displayed()
+    assert console(driver) == []
+
+
+def test_what_ran_out_of_memory_requires_more_and_may_be_not_known(driver: Chrome, tmp_path: Path) -> None:
+    oom = record(case={"optimizations": ["bf16"]}, status="oom", failure=FAILURE, time={}, memory=BARE, id="oom")
+    no_effect = record(case={"batch_size": 2}, effects={"vae_tiling": "no_effect"}, id="2")
+    made = a_report(a_run(oom, no_effect, estimate(case={"batch_size": 4}, id="4")))
+    path = tmp_path / "oom.html"
+    path.write_text(made.html(made.document(), ()), encoding="utf-8")
+    driver.get(path.as_uri())
+    assert [(row["required"], row["set"]) for row in rows(driver)] == [
+        ("> 79.18", "bf16 (out of memory)"),
+        ("12.49", "fp16 (no effect: vae_tiling)"),
+        ("~12.47", "fp16"),
+    ]
+    assert [row["seconds"] for row in rows(driver)] == ["–", "2.000", "–"]
+    for card, words in (
+        ("GeForce GTX 1650", ["–", "no", "~no"]),
+        ("GeForce RTX 4090", ["no", "fits", "~fits"]),
+        ("B200", ["?", "fits", "~fits"]),
+    ):
+        choose_at_once(driver, "card", card)
+        if by_id(driver, "best").is_selected():
+            by_id(driver, "best").click()
+        assert [row["verdict"] for row in rows(driver)] == words, card
+    marks = driver.find_elements(By.CSS_SELECTOR, "#rows .v")
+    assert [mark.get_attribute("class") for mark in marks] == ["v unknown", "v fits", "v fits estimated"]
+    head(driver, "verdict").click()
+    assert [row["verdict"] for row in rows(driver)] == ["fits", "~fits", "?"]
+    assert console(driver) == []
+
+
+def test_a_card_on_which_only_a_larger_workload_runs_shows_that_one(driver: Chrome, tmp_path: Path) -> None:
+    case = {"optimizations": ["fp16", "model_offload"], "batch_size": 4}
+    memory = {"need_bytes": 4000 * MIB, "required_bytes": 4686 * MIB}
+    made = a_report(a_run(record(), record(case=case, memory=memory, id="more")))
+    path = tmp_path / "larger.html"
+    path.write_text(made.html(made.document(), ()), encoding="utf-8")
+    driver.get(path.as_uri())
+    for card, shown in (
+        ("GeForce RTX 4060", [("4", "fits")]),
+        ("GeForce RTX 4090", [("1", "fits"), ("4", "fits")]),
+        ("GeForce GTX 1060 3GB", [("1", "no"), ("4", "no")]),
+    ):
+        choose_at_once(driver, "card", card)
+        assert [(row["batch"], row["verdict"]) for row in rows(driver)] == shown, card
     assert console(driver) == []
 
 

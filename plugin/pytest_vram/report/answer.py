@@ -1,6 +1,7 @@
 """The short answer in the terminal: this model, this card, or both; at most 100 columns."""
 
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from io import StringIO
 
 from rich import box
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pytest_vram.errors import UsageError, unknown
+from pytest_vram.errors import UsageError
 from pytest_vram.report.cards import Card
 from pytest_vram.report.document import Document
 from pytest_vram.report.text import gib, printable, seconds
@@ -26,13 +27,18 @@ def find_model(text: str, document: Document) -> str:
     """
     names = {name: name for name in document.leads}
     names |= {alias: name for name in document.leads for alias in document.evidence.aliases.get(name, ())}
+    if text in names:
+        return names[text]
     by_key = {name.lower(): subject for name, subject in names.items()}
     if text.lower() in by_key:
         return by_key[text.lower()]
     part = [name for name in document.leads if text and text.lower() in name.lower()]
     if len(part) == 1:
         return part[0]
-    raise UsageError(f"--model: {unknown('model', text, list(names)[:20])}")
+    near = get_close_matches(text, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    some = ", ".join(sorted(names)[:20]) + (", ..." if len(names) > 20 else "")
+    raise UsageError(f"--model: no run has a model called {text!r}{hint} (there are: {some})")
 
 
 def answer(document: Document, model: str | None, card: Card | None) -> str:
@@ -57,7 +63,7 @@ def answer(document: Document, model: str | None, card: Card | None) -> str:
     verdicts = [verdict for _, verdict in judged]
     used = dict.fromkeys(run.path for verdict in verdicts for run in verdict.choice.runs)
     gpus = dict.fromkeys(verdict.choice.gpu for verdict in verdicts if verdict.choice.gpu)
-    if gpus:
+    if gpus and any(verdict.runs and verdict.call_s is not None for verdict in verdicts):
         console.print(Text(printable(f"s: one call on {', '.join(gpus)}, with the model's own number of steps.")))
     if any(verdict.estimated for verdict in verdicts):
         console.print(Text("~: estimated with no GPU."))
@@ -106,7 +112,9 @@ def _sentences(subject: str, document: Document) -> Iterator[str]:
     least = minimum(workload, document.cards, document.evidence)
     good = recommended(workload, document.cards, document.evidence)
     named = f"{subject}, {workload.label}" if workload.width else subject
-    yield f"{named}: " + (f"at least {_said(least, workload, document)}." if least else "no card of the list runs it.")
+    yield f"{named}: " + (
+        f"at least {_said(least, workload, document)}." if least else "no card of the list is known to run it."
+    )
     if good is not None:
         yield f"Recommended: {_said(good, workload, document)}."
     elif least is not None:
