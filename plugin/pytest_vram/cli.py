@@ -176,10 +176,11 @@ def check(
     most: Annotated[int, typer.Option("--most", min=1, help="Name no more than this many.")] = 20,
 ) -> None:
     """Exit 1, and name the cells, where a document disagrees with the runs that it was made from."""
-    from pytest_vram.report.checking import differences, made_from, read_document
+    from pytest_vram.records.files import read_text
+    from pytest_vram.report.checking import differences, made_from
     from pytest_vram.report.text import printable
 
-    text = read_document(document)
+    text = read_text(document)
     made = made_from(text, document)
     runs, own = ([document.parent / name for name in names] for names in (made.runs, made.cards))
     report = _report(runs, own, document.parent, made.headless, made.header())

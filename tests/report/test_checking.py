@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from pytest_vram.cli import app
 from pytest_vram.errors import RunFileError, UsageError, VramError
-from pytest_vram.records.files import write_run
+from pytest_vram.records.files import MAX_FILE_BYTES, read_text, write_run
 from pytest_vram.records.schema import Record, Run
-from pytest_vram.report.checking import MAX_DOCUMENT_BYTES, MadeFrom, differences, made_from, read_document
+from pytest_vram.report.checking import MadeFrom, differences, made_from
 from pytest_vram.report.render import Report
 from tests.records.test_schema import BARE, FAILURE, MIB, record
 from tests.report.test_render import H100, HOSTILE, a_report, a_run, estimate, hostile_run
@@ -323,7 +323,7 @@ def test_a_file_that_is_no_document(content: bytes, problem: str, tmp_path: Path
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "HARDWARE.md"
     with path.open("wb") as file:
-        file.truncate(MAX_DOCUMENT_BYTES + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
     assert "larger than" in refusal(path)
 
 
@@ -338,8 +338,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     os.mkfifo(tmp_path / "HARDWARE.md")
     monkeypatch.setattr(Path, "read_text", waits)
-    with pytest.raises(UsageError):
-        read_document(tmp_path / "HARDWARE.md")
+    with pytest.raises(RunFileError):
+        read_text(tmp_path / "HARDWARE.md")
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def read_run(path: Path, refused: list[str] | None = None) -> Run:
     Raises:
         RunFileError: naming the file and the key, for anything that is not what the schema says.
     """
-    return checked(_json(_text(path), path), path, refused)
+    return checked(_json(read_text(path), path), path, refused)
 
 
 def read_journal(path: Path, refused: list[str] | None = None) -> Run:
@@ -120,7 +120,7 @@ def read_journal(path: Path, refused: list[str] | None = None) -> Run:
     Raises:
         RunFileError: naming the file and the line.
     """
-    lines = _text(path).split("\n")
+    lines = read_text(path).split("\n")
     whole = lines[:-1]  # what follows the last newline was not written to its end
     if not whole:
         raise RunFileError(f"{path}: is empty")
@@ -184,12 +184,17 @@ def _of(document: Any, *keys: str) -> Any:
     return document
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file that somebody names, which may be anything.
+
+    Raises:
+        RunFileError: naming the file, where it is no file of text, or a huge one.
+    """
     try:
         if path.exists() and not path.is_file():
             raise RunFileError(f"{path}: is no file")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise RunFileError(f"{path}: is larger than {MAX_FILE_BYTES >> 20} MiB; no run file is")
+            raise RunFileError(f"{path}: is larger than {MAX_FILE_BYTES >> 20} MiB; no file of pytest-vram is")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise RunFileError(f"{path}: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -13,7 +14,6 @@ from pytest_vram.errors import UsageError
 from pytest_vram.report.document import Table
 
 HEADER = re.compile(r"^<!-- pytest-vram report (\{.*\}) -->$", re.MULTILINE)
-MAX_DOCUMENT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,6 @@ class MadeFrom:
     def header(self) -> str:
         """The comment's text that says so in the document."""
         return "pytest-vram report " + json.dumps(asdict(self))
-
-
-def read_document(path: Path) -> str:
-    """The text of a document that `pytest-vram report` wrote.
-
-    Raises:
-        UsageError: naming the file, where it is none.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: is no file")
-        if path.stat().st_size > MAX_DOCUMENT_BYTES:
-            raise UsageError(f"{path}: is larger than {MAX_DOCUMENT_BYTES >> 20} MiB; it is no document of pytest-vram")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # no UTF-8, or a name that no file can have
-        raise UsageError(f"{path}: is not UTF-8 text") from error
 
 
 def made_from(text: str, path: Path) -> MadeFrom:
@@ -116,11 +98,11 @@ def _in_table(title: str, keys: int, old: list[list[str]] | None, new: list[list
 def _by_key(rows: list[list[str]], keys: int) -> dict[tuple[str, ...], list[str]]:
     """The rows by the cells that name them, and by their place among rows of the same name."""
     found: dict[tuple[str, ...], list[str]] = {}
+    places: Counter[tuple[str, ...]] = Counter()
     for row in rows:
-        place = 0
-        while (key := (*row[:keys], str(place))) in found:
-            place += 1
-        found[key] = row
+        key = tuple(row[:keys])
+        found[*key, str(places[key])] = row
+        places[key] += 1
     return found
 
 

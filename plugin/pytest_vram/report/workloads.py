@@ -14,6 +14,7 @@ from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Record, Time
 # How much the time of one case differs from run to run: of the cases that results/ has several times, nine in ten stay
 # within this factor and half within 1.2. Small batches are bound by the host's CPU; the needs are the same to 0.2 %.
 SAME_TIME = 1.6
+MOST_LARGER = 200  # looked at for each workload; few models have so many
 UNNAMED = "a GPU that its run does not name"
 GpuKey = tuple[str, int] | None  # name and GiB, since variants share a name; None: estimated with no GPU
 DTYPES = ("fp16", "bf16", "fp32")  # in the order in which a plain case is looked for, to compare others with
@@ -217,14 +218,14 @@ class Evidence:
 
     @cached_property
     def _larger(self) -> dict[Workload, list[Workload]]:
-        return {
-            workload: [other for other in workloads if other != workload and other.holds(workload)]
-            for workloads in self.subjects.values()
-            for workload in workloads
-        }
+        found = {}
+        for workloads in self.subjects.values():
+            for place, workload in enumerate(workloads, 1):
+                found[workload] = [other for other in workloads[place : place + MOST_LARGER] if other.holds(workload)]
+        return found
 
     def larger(self, workload: Workload) -> list[Workload]:
-        """The workloads that are at least as much of the same, in rising order."""
+        """Of the next `MOST_LARGER` workloads those that are at least as much of the same, in rising order."""
         return self._larger[workload]
 
     @cached_property
