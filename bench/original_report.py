@@ -137,7 +137,7 @@ def _why(plain: Choice, document: Document) -> Table:
         "required: need and context, the free memory a card must have": memory.required_bytes,
         "nvidia-smi's peak, on a card with room": memory.nvml_process_peak_bytes,
     }
-    rows = [[Cell(name), Cell(gib(value)), Cell(document.tags[plain.run.path])] for name, value in figures.items()]
+    rows = [[Cell(name), Cell(gib(value)), Cell(document.memory_tag(plain))] for name, value in figures.items()]
     return Table("Why", ("figure", "GiB", "run"), rows, 1)
 
 

@@ -57,14 +57,23 @@ def answer(document: Document, model: str | None, card: Card | None) -> str:
         leads = [document.leads[name] for name in models]
         judged = [(lead, best(lead, one, document.evidence)) for lead in leads for one in document.headline]
     console.print(_table(judged, document, card_column=card is None))
-    for name in models[:10]:
-        for line in _sentences(name, document):
-            console.print(Text(printable(line), overflow="fold"))
     verdicts = [verdict for _, verdict in judged]
-    used = dict.fromkeys(run.path for verdict in verdicts for run in verdict.choice.runs)
+    used = dict.fromkeys(verdict.choice.run.path for verdict in verdicts)
+    for name in models[:10]:
+        lead = document.leads[name]
+        found = [one(lead, document.cards, document.evidence) for one in (minimum, recommended)]
+        for line in _sentences(name, found[0], found[1], document):
+            console.print(Text(printable(line), overflow="fold"))
+        used |= dict.fromkeys(run.path for verdict in found if verdict for run in verdict.choice.runs)
     gpus = dict.fromkeys(verdict.choice.gpu for verdict in verdicts if verdict.choice.gpu)
     if gpus and any(verdict.runs and verdict.call_s is not None for verdict in verdicts):
-        console.print(Text(printable(f"s: one call on {', '.join(gpus)}, with the model's own number of steps.")))
+        console.print(
+            Text(
+                printable(
+                    f"s: one call on {', '.join(gpus)}, with the model's own number of steps; medians over all runs."
+                )
+            )
+        )
     if any(verdict.estimated for verdict in verdicts):
         console.print(Text("~: estimated with no GPU."))
     for path in used:
@@ -80,7 +89,7 @@ def _table(judged: Sequence[tuple[Workload, Verdict]], document: Document, *, ca
     table.add_column(" with", overflow="fold", ratio=1)
     for heading in ("required", "free", "s", "host"):
         table.add_column(f" {heading}", justify="right", no_wrap=True)
-    table.add_column(" runs", overflow="fold", max_width=9)
+    table.add_column(" run", justify="right", no_wrap=True)
     above = None
     for workload, verdict in judged:
         choice, mark = verdict.choice, "~" if verdict.estimated else ""
@@ -100,17 +109,15 @@ def _table(judged: Sequence[tuple[Workload, Verdict]], document: Document, *, ca
             "–" if room is None else f"{'−' if room < 0 else ''}{gib(abs(room))}",
             seconds(verdict.call_s) if verdict.runs else "–",
             gib(choice.host_bytes),
-            document.tag(choice),
+            document.memory_tag(choice),
         ]
         table.add_row(*(Text(f" {printable(cell)}") for cell in cells))
     return table
 
 
-def _sentences(subject: str, document: Document) -> Iterator[str]:
+def _sentences(subject: str, least: Verdict | None, good: Verdict | None, document: Document) -> Iterator[str]:
     """What card to get for a model, in the words of the document."""
     workload = document.leads[subject]
-    least = minimum(workload, document.cards, document.evidence)
-    good = recommended(workload, document.cards, document.evidence)
     named = f"{subject}, {workload.label}" if workload.width else subject
     yield f"{named}: " + (
         f"at least {_said(least, workload, document)}." if least else "no card of the list is known to run it."

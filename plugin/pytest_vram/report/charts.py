@@ -387,7 +387,7 @@ def _line_chart(facts: Facts, lines: list[_Line], label: str, *, whole: bool = F
     axes.set_xlabel(_more(label, more, "lines"))
     axes.set_ylabel("required memory, GiB")
     title = "hollow: estimated" if any(any(line.estimated) for line in lines) else None
-    axes.legend(loc="upper left", fontsize=8, title=title, title_fontsize=7)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, title=title, title_fontsize=7)
     return figure
 
 

@@ -51,12 +51,12 @@ METHOD = {
     "Required": "need + context. A card fits where it gives that much: what PyTorch sees of it, less what a desktop "
     "holds.",
     "Other cards": "the context counts as it was measured, but as no less than "
-    f"{ASSUMED_CONTEXT_BYTES >> 20} MiB; {FREE_SHARE * 100:.0f} % of what the card gives must stay free.",
-    "Which set": f"the fastest that fits. A call of the same differs by up to {SAME_TIME:g} times from run to run: of "
-    "the sets closer than that, the one with fewest flags is taken, then the one that requires least.",
+    f"{ASSUMED_CONTEXT_BYTES >> 20} MiB, and {FREE_SHARE * 100:.0f} % of what the card gives must stay free. "
+    "Without CUDA (Radeon, Arc) only the memory is judged.",
     "Estimated": f"the need as simulated with no GPU; another {ESTIMATE_SHARE * 100:.0f} % of it must stay free.",
-    "Radeon, Arc": "without CUDA only the memory is judged.",
-    "Seconds": "medians over all runs of the same software on such a GPU; the first run named is that of the memory.",
+    "Seconds": "medians over all runs of the same software on such a GPU; the first run named is that of the memory. A "
+    f"call of the same differs by up to {SAME_TIME:g} times from run to run: of the sets that fit and are closer than "
+    "that to the fastest, the one with fewest flags is taken, then the one that requires least.",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
     "Host, disk": "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in "
     "the dtype they run in, without what else a repository holds.",
@@ -103,6 +103,10 @@ class Document:
     def tag(self, *choices: Choice) -> str:
         """The runs that the figures of choices come from, each once: those of memory first."""
         return " ".join(dict.fromkeys(self.tags[run.path] for choice in choices for run in choice.runs))
+
+    def memory_tag(self, *choices: Choice) -> str:
+        """The runs that the memory of choices comes from, each once."""
+        return " ".join(dict.fromkeys(self.tags[choice.run.path] for choice in choices))
 
     def name(self, workload: Workload) -> str:
         """The model with its aliases; of a pipeline of one's own the test's file."""
@@ -280,7 +284,7 @@ class Document:
                     Cell(expected),
                     Cell(found),
                     Cell(agree),
-                    Cell(self.tag(*filter(None, (check, known))), "runs"),
+                    Cell(self.memory_tag(*filter(None, (check, known))), "runs"),
                 ]
             )
         columns = ("model", "size", "batch", "optimizations", "limit GiB", "as on", "required GiB", "free %",
@@ -304,16 +308,16 @@ class Document:
 
     def accuracy(self) -> dict[str, Any] | None:
         """How far the simulated needs are from the searched ones."""
-        errors: list[float] = []
-        used: dict[str, None] = {}
-        for sets in (sets for by_gpu in self.evidence.choices.values() for sets in by_gpu.values()):
-            for choice in sets.values():
-                memory = choice.record.memory
-                if not choice.estimated and memory.estimated_need_bytes and memory.need_bytes:
-                    errors.append(memory.estimated_need_bytes / memory.need_bytes - 1)
-                    used[self.tag(choice)] = None
-        if not errors:
+        known = [
+            (choice, memory.estimated_need_bytes / memory.need_bytes - 1)
+            for workload in self.evidence.choices
+            for choices in self.evidence.by_gpu(workload)
+            for choice in choices
+            if not choice.estimated and (memory := choice.record.memory).estimated_need_bytes and memory.need_bytes
+        ]
+        if not known:
             return None
+        errors = [error for _, error in known]
         sizes = [abs(error) for error in errors]
         return {
             "cases": len(errors),
@@ -321,7 +325,7 @@ class Document:
             "close": sum(size <= 0.05 for size in sizes),
             "low": signed(100 * min(errors), 1),
             "high": signed(100 * max(errors), 1),
-            "runs": " ".join(used),
+            "runs": self.memory_tag(*(choice for choice, _ in known)),
         }
 
     def _keys(self, workload: Workload) -> list[Cell]:
