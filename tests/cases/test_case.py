@@ -31,6 +31,8 @@ def case(**changes: Any) -> Case:
         ({"frames": 49}, "sdxl/fp16/1024x768/f49/b4"),
         ({"limit_bytes": 8 << 30}, "sdxl/fp16/1024x768/b4/8GiB"),
         ({"limit_bytes": 3 << 29}, "sdxl/fp16/1024x768/b4/1.5GiB"),
+        ({"limit_bytes": int(22.49 * 2**30)}, "sdxl/fp16/1024x768/b4/22.49GiB"),
+        ({"limit_bytes": 8 * 10**9}, "sdxl/fp16/1024x768/b4/8GB"),
     ],
 )
 def test_id(changes: dict[str, Any], expected: str) -> None:

@@ -366,6 +366,16 @@ def reopen(page: Chrome, address: str) -> None:
     page.get(address)
 
 
+def test_a_run_s_link_leads_to_the_run_and_the_address_stays(page: Chrome) -> None:
+    choose(page, "model", "sdxl")
+    address = page.current_url
+    link = page.find_element(By.CSS_SELECTOR, "#rows td.runs a")
+    tag = link.text
+    link.send_keys(Keys.ENTER)
+    assert page.switch_to.active_element.get_attribute("id") == tag
+    assert page.current_url == address
+
+
 def test_the_address_restores_what_was_chosen(page: Chrome) -> None:
     choose(page, "model", "sdxl")
     choose(page, "card", CARD)
@@ -414,7 +424,7 @@ def test_a_row_leads_to_each_of_its_runs(page: Chrome, data: list[dict[str, Any]
         link.click()
         assert target.tag_name == "tr"
         assert target.find_element(By.CSS_SELECTOR, "th").text == tag
-        assert page.current_url.endswith("#" + tag)
+        assert page.switch_to.active_element == target
 
 
 def test_the_page_does_not_scroll_sideways_on_a_phone(page: Chrome) -> None:

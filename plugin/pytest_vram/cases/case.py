@@ -89,6 +89,8 @@ AnyCase = Annotated[Annotated[Case, Tag("kind:sweep")] | Annotated[OwnCase, Tag(
 def _limit_label(limit_bytes: int | None) -> tuple[str, ...]:
     if not limit_bytes:
         return ()
+    if limit_bytes % 10**9 == 0:
+        return (f"{limit_bytes // 10**9}GB",)
     gib = limit_bytes / 2**30
     whole = abs(round(gib, 2) - gib) * 2**10 < 0.01  # what was written as 22.49GiB is no whole number of bytes
     return (f"{round(gib, 2):g}GiB" if whole else f"{limit_bytes / 2**20:g}MiB",)

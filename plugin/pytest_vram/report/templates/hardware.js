@@ -122,6 +122,13 @@
     sort = sort.key === key ? { key, down: !sort.down } : { key, down: false };
     changed();
   });
+  body.addEventListener("click", (event) => {  // to the run, and the address keeps what was chosen
+    const run = event.target.closest("a") && document.getElementById(event.target.hash.slice(1));
+    if (!run) return;
+    event.preventDefault();
+    run.tabIndex = -1;
+    run.focus();
+  });
   more.addEventListener("click", () => { shown += step; render(); });
   $("reset").addEventListener("click", () => {
     controls.model.value = controls.card.value = controls.memory.value = "";
