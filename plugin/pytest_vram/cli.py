@@ -125,7 +125,8 @@ def cards(
         [
             printable(card.name),
             card.kind,
-            *(f"{gib:g}" for gib in (card.memory_gib, card.visible_gib)),
+            figure(card.memory_gib),
+            figure(card.visible_gib),
             gib(card.usable_bytes),
             *map(figure, (card.bandwidth_gb_s, card.fp16_tflops, card.bf16_tflops, card.fp8_tflops)),
             card.compute_capability or "none",

@@ -19,7 +19,7 @@ import pytest
 from pytest_vram.cases.case import OwnCase
 from pytest_vram.cases.models import Model, read_models
 from pytest_vram.errors import UsageError
-from pytest_vram.records.reading import ReadRun
+from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Record, Run
 from pytest_vram.report.cards import Card, read_cards
 from pytest_vram.report.charts import CHARTS, Facts
@@ -557,3 +557,22 @@ def test_the_links_within_the_page_lead_somewhere(page: Page) -> None:
     assert {address.removeprefix("#") for address in page.values("href")} <= set(ids)
     at = page.island["columns"].index("runs")
     assert {tag for row in page.island["rows"] for tag in row[at].split()} <= set(ids)
+
+
+def test_a_hostile_flag_s_name_stays_text() -> None:
+    flag = "a\u202eb|<i>"
+    found = record(case={"optimizations": ["fp16", flag]}, effects={flag: "no_effect"})
+    report = a_report(a_run(found))
+    for text in (report.html(report.document(), ()), markdown(report)):
+        assert "\u202e" not in text
+        assert "<i>" not in text
+
+
+def test_half_a_character_in_a_flag_s_name_costs_its_record_alone(tmp_path: Path) -> None:
+    document = {"schema": 1, "environment": {}, "sweep": "x"}
+    records = [facts(effects={"\ud800": "no_effect"}), facts(id="neighbour")]
+    (tmp_path / "run.json").write_text(json.dumps({"vram": {**document, "records": records}}), encoding="utf-8")
+    [run], notes = read_runs([tmp_path])
+    assert [kept.id for kept in run.records] == ["neighbour"]
+    assert "records.0.effects" in notes[0]
+    assert a_report(run, folder=tmp_path).write()

@@ -547,3 +547,8 @@ def test_estimates_are_compared_with_what_was_measured() -> None:
     assert [plain.name for plain, _ in evidence.groups(WORKLOAD)] == ["fp16", "fp16"]
     alone = gather([run([estimated("fp16+vae_tiling"), estimated("bf16")], gpu=None)])
     assert [plain.name for plain, _ in alone.groups(WORKLOAD)] == ["bf16"]
+
+
+def test_nothing_is_saved_beside_a_plain_case_that_ran_out_of_memory() -> None:
+    plain, other = choice(out_of_memory(need=10 * GIB)), choice(measured("fp16+a", 7 * GIB))
+    assert against(other, plain) == (None, None)

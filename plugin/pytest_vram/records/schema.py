@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field, model_validator
 
-from pytest_vram.cases.case import AnyCase, OwnCase
+from pytest_vram.cases.case import AnyCase, Name, OwnCase
 
 SCHEMA = 1  # rises only when a meaning changes
 NVML_SLACK_BYTES = 64 << 20  # NVML was seen to count a process up to this much below the pool it holds
@@ -95,7 +95,7 @@ class RoundTelemetry(_Part):
     sm_clock_mhz: Count | None = None
     temperature_c: int | None = Field(default=None, gt=-1000, lt=1000)
     power_w: float | None = Field(default=None, ge=0)
-    throttle: list[str] = []
+    throttle: list[Name] = []
 
 
 class Telemetry(_Part):
@@ -149,10 +149,10 @@ class Record(_Part):
     time: Time = Time()
     energy_j_per_image: float | None = Field(default=None, gt=0)
     telemetry: Telemetry = Telemetry()
-    effects: dict[str, Literal["applied", "no_effect"]] = {}
+    effects: dict[Name, Literal["applied", "no_effect"]] = {}
     exactness: Exactness | None = None
     disturbed: Text | None = None
-    unavailable: dict[str, Text] = {}
+    unavailable: dict[Name, Text] = {}
     failure: Failure | None = None
     wall: Wall | None = None
 

@@ -81,5 +81,5 @@ def _figures(choice: Choice, plain: Choice, on_the_edge: bool, document: Documen
         gib(choice.host_bytes),
         gib(choice.disk_bytes),
         document.tag(choice),
-        choice.remark,
+        printable(choice.remark),
     ]

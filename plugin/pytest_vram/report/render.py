@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pytest_vram.report.charts import Chart
 
+TEMPLATES = Path(__file__).parent / "templates"
 HEADS = (  # of the explorer's columns: key, heading, class
     ("model", "model", "first"),
     ("size", "size", ""),
@@ -94,16 +95,10 @@ class Report:
 
     def markdown(self, document: Document, charts: "Sequence[Chart]") -> str:
         """HARDWARE.md."""
-        from jinja2 import Environment, StrictUndefined
-
-        environment = Environment(
-            loader=_loader(),
-            undefined=StrictUndefined,
-            trim_blocks=True,
+        environment = _environment(
             lstrip_blocks=True,
-            keep_trailing_newline=True,
-            finalize=lambda value: value if isinstance(value, Raw) else markdown(str(value)),
             autoescape=False,  # finalize escapes for Markdown
+            finalize=lambda value: value if isinstance(value, Raw) else markdown(str(value)),
         )
         filters: dict[str, Callable[..., Raw]] = {
             "code": lambda text: Raw(code(text)),
@@ -112,7 +107,7 @@ class Report:
         }
         environment.filters |= filters
         own = {"requirements": document.all_requirements(), "matrix": document.matrix()}
-        return _render(environment, "hardware.md.j2", self._values(document, charts) | own)
+        return environment.get_template("hardware.md.j2").render(self._values(document, charts) | own)
 
     def tables(self, document: Document) -> dict[str, Table]:
         """The tables of HARDWARE.md by their headings, as far as they can have rows."""
@@ -122,20 +117,11 @@ class Report:
 
     def html(self, document: Document, charts: "Sequence[Chart]") -> str:
         """hardware.html, which needs no other file."""
-        from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
 
-        environment = Environment(
-            loader=_loader(),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            keep_trailing_newline=True,
-            autoescape=True,
-            finalize=_visible,
-        )
+        environment = _environment(autoescape=True, finalize=_visible)
         environment.filters["breakable"] = _breakable
-        templates = Path(__file__).parent / "templates"
-        style, script = ((templates / name).read_text(encoding="utf-8") for name in ("hardware.css", "hardware.js"))
+        style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("hardware.css", "hardware.js"))
         pictures = [{**vars(chart), "base64": base64.b64encode(chart.svg).decode("ascii")} for chart in charts]
         own = {
             "style": Markup(style),
@@ -147,7 +133,7 @@ class Report:
             "explorer": explorer(document),
             "explorer_heads": HEADS,
         }
-        return _render(environment, "hardware.html.j2", self._values(document, charts) | own)
+        return environment.get_template("hardware.html.j2").render(self._values(document, charts) | own)
 
     def _values(self, document: Document, charts: "Sequence[Chart]") -> dict[str, Any]:
         return {
@@ -194,7 +180,7 @@ def _breakable(text: str) -> "Markup":
     """A set of optimizations in HTML, which may go to the next line after + and _."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([+_])", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r"([+_])", r"\1<wbr>", str(escape(printable(text)))))
 
 
 def _comment(text: str) -> Raw:
@@ -206,14 +192,17 @@ def _line(cells: Any) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _loader() -> Any:
-    from jinja2 import FileSystemLoader
+def _environment(**settings: Any) -> "Environment":
+    """Jinja's for our templates; a name that a template misspells is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return FileSystemLoader(Path(__file__).parent / "templates")
-
-
-def _render(environment: "Environment", template: str, values: dict[str, Any]) -> str:
-    return environment.get_template(template).render(values)
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        **settings,
+    )
 
 
 def _hash(text: str) -> str:

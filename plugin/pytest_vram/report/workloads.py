@@ -286,6 +286,7 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     """
     found: dict[Workload, dict[GpuKey, dict[tuple[str, ...], list[Choice]]]] = {}
     checks, failed = [], []
+    ran_out: dict[tuple[Workload, tuple[str, ...]], int] = {}
     aliases: dict[str, Sequence[str]] = {}
     for run in runs:
         aliases |= run.run.aliases
@@ -298,17 +299,20 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
                 failed.append(choice)
             elif limited:
                 checks.append(choice)
+                if record.status == "oom":
+                    cap = (record.case.limit_bytes or 0) - (record.memory.context_bytes or 0)
+                    key = choice.workload, choice.optimizations
+                    ran_out[key] = max(cap, ran_out.get(key, 0))
             elif choice.need_bytes is not None or choice.at_least_bytes:
                 sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
                 sets.setdefault(choice.optimizations, []).append(choice)
             else:
                 failed.append(choice)  # measured with no need, neither searched nor simulated
-    choices = {
-        workload: {
-            gpu: {names: _chosen(several, checks) for names, several in sets.items()} for gpu, sets in by_gpu.items()
-        }
-        for workload, by_gpu in sorted(found.items())
-    }
+    choices: dict[Workload, dict[GpuKey, Sets]] = {}
+    for workload, by_gpu in sorted(found.items()):
+        choices[workload] = {}
+        for gpu, sets in by_gpu.items():
+            choices[workload][gpu] = {n: _chosen(several, ran_out.get((workload, n), 0)) for n, several in sets.items()}
     unknown: dict[str, Choice] = {}
     for choice in failed:
         known = any(choice.optimizations in sets for sets in choices.get(choice.workload, {}).values())
@@ -317,17 +321,12 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     return Evidence(runs, choices, checks, list(unknown.values()), aliases)
 
 
-def _chosen(several: Sequence[Choice], checks: Sequence[Choice]) -> Choice:
+def _chosen(several: Sequence[Choice], ran_out_bytes: int) -> Choice:
     """Of the records of one set on one GPU, oldest first, the one that speaks, with what the others add to it."""
     best = max(reversed(several), key=lambda choice: (choice.need_bytes is not None, not choice.estimated))
     own = isinstance(best.record.case, OwnCase)  # whose code may have changed since
     others = [c for c in several if c is not best and not own and _software(c) == _software(best)]
-    caps = [
-        (check.record.case.limit_bytes or 0) - (check.record.memory.context_bytes or 0)
-        for check in checks
-        if check.record.status == "oom" and (check.workload, check.optimizations) == (best.workload, best.optimizations)
-    ]
-    return replace(best, timed=tuple(others), ran_out_bytes=max(caps, default=0))
+    return replace(best, timed=tuple(others), ran_out_bytes=ran_out_bytes)
 
 
 def _software(choice: Choice) -> tuple[object, ...]:
@@ -368,7 +367,8 @@ def against(choice: Choice, plain: Choice) -> tuple[int | None, float | None]:
     if choice is plain:
         return None, None
     required, compared = choice.required_bytes, plain.required_bytes
-    saved = None if required is None or compared is None or choice.at_least_bytes else compared - required
+    lost = choice.at_least_bytes or plain.at_least_bytes  # what ran out of memory requires more than is known
+    saved = None if required is None or compared is None or lost else compared - required
     paid = None if choice.call_s is None or plain.call_s is None else choice.call_s - plain.call_s
     return saved, paid
 
