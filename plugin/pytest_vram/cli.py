@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -12,10 +12,12 @@ from rich.table import Table
 from pytest_vram.errors import VramError
 
 if TYPE_CHECKING:
+    from pytest_vram.compare.comparison import Comparison
     from pytest_vram.report.render import Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What diffusion models cost on a GPU.")
 CARDS_HELP = "A file of your own cards, in the form of the packaged cards.toml."
+Form = Literal["table", "markdown", "json"]
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -169,6 +171,57 @@ def report(
     document = made_report.document()
     found = find_model(model, document) if model is not None else None
     typer.echo(answer(document, found, find_card(card, made_report.cards) if card is not None else None))
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="A run file, a folder, a commit or `latest`; or a saved comparison.")],
+    head: Annotated[str | None, typer.Argument(help="The same, for what may be worse.")] = None,
+    form: Annotated[Form, typer.Option("--format", help="How it is written.")] = "table",
+    across: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Compare although this differs, such as torch or steps.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Ambiguous fails too.")] = False,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where commits and `latest` are looked for.")] = Path(
+        "results"
+    ),
+    matrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A matrix with thresholds; default: bench/matrix.toml.")
+    ] = None,
+) -> None:
+    """What HEAD made worse than BASE, case by case. Exits 1 where something is worse, 2 where they are not comparable.
+
+    With one argument a comparison that was saved is shown again.
+    """
+    from pytest_vram.compare.comparison import comparison_json, read_comparison
+    from pytest_vram.report.comparing import as_markdown, table
+
+    if head is None:
+        found = read_comparison(Path(base))
+        found = found.model_copy(update={"strict": found.strict or strict})
+    else:
+        found = _compare(base, head, across or [], strict, results, matrix)
+    write = {"table": table, "markdown": as_markdown, "json": comparison_json}[form]
+    typer.echo(write(found).rstrip("\n"))
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _compare(base: str, head: str, across: list[str], strict: bool, results: Path, matrix: Path | None) -> "Comparison":
+    from pytest_vram.cases.sweep import read_thresholds
+    from pytest_vram.cases.thresholds import Limits, read_project
+    from pytest_vram.compare.comparing import compare as compared
+    from pytest_vram.compare.finding import Like, find_run
+    from pytest_vram.compare.keys import known_key
+
+    keys = [known_key(key.strip(), "--across") for text in across for key in text.split(",")]
+    usual = Path("bench") / "matrix.toml"
+    tables = [read_project(Path.cwd())]
+    if matrix is not None or usual.is_file():
+        tables.append(read_thresholds(matrix or usual))
+    newer = find_run(head, results, Path.cwd())
+    older = find_run(base, results, Path.cwd(), Like.run(newer, keys))
+    return compared(older, newer, Limits(tables), across=keys, strict=strict)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 VramError
 ├── UsageError        bad input: an option, a matrix, a model file, a function, a machine that cannot do it
+├── NotComparable     two runs whose difference says nothing of the commits
 ├── RunFileError      a run file or journal that is not what the schema says
 │   └── NotOurs       JSON that is no run file at all
 └── StartError        the fork server or a worker could not be started
@@ -30,6 +31,10 @@ class RunFileError(VramError):
 
 class NotOurs(RunFileError):
     """A JSON file that is no run file of pytest-vram."""
+
+
+class NotComparable(VramError):
+    """Two runs that cannot be compared; the message names the keys that differ."""
 
 
 class StartError(VramError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from pytest_vram.against import BaseOptions
     from pytest_vram.measure.machine import Device
     from pytest_vram.records.schema import Record
     from pytest_vram.session import Options, Plan, SweepSession
@@ -42,9 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--vram-no-need", action="store_true", help="do not search the need: quicker, and no required memory")
     add("--vram-limit", metavar="SIZE", help="the memory each case may have, context included, such as 8GiB")
+    add("--vram-no-estimate", action="store_true", help="measure without an estimate beside each record")
     add("--vram-timeout", metavar="SECONDS", default="600", help="for one worker of a case; default: 600")
     add("--vram-results", metavar="DIR", default="results", help="where run files go; default: results")
     add("--vram-resume", action="store_true", help="go on with the newest unfinished run")
+    add("--vram-compare", metavar="BASE", help="exit 1 where this run is worse: a file, folder, commit, or latest")
+    add("--vram-base-checkout", metavar="DIR", help="the base's checkout, to measure again what looks slower")
+    add("--vram-across", metavar="KEY,KEY", help="compare although these differ, such as torch or steps")
+    add("--vram-strict", action="store_true", help="with --vram-compare: ambiguous fails too")
     add("--vram-save-images", metavar="DIR", help="write the images of each case's last round")
     add("--vram-allow-shared", action="store_true", help="measure although other processes use the GPU")
     add("--vram-name-host", action="store_true", help="write host name and GPU uuid as they are, not hashed")
@@ -106,9 +112,39 @@ def _options(config: pytest.Config) -> Options:
         ),
         results=Path(str(text("results"))),
         resume=config.getoption("--vram-resume"),
+        estimate=not config.getoption("--vram-no-estimate"),
+        base=_base_options(config, names("across") or ()),
+        tests=tuple(_readable_argument(argument, config) for argument in config.args),
         allow_shared=config.getoption("--vram-allow-shared"),
         name_host=config.getoption("--vram-name-host"),
     )
+
+
+def _base_options(config: pytest.Config, across: tuple[str, ...]) -> BaseOptions | None:
+    from pytest_vram.against import BaseOptions
+    from pytest_vram.compare.keys import known_key
+    from pytest_vram.errors import UsageError
+
+    name, checkout = config.getoption("--vram-compare"), config.getoption("--vram-base-checkout")
+    if not name:
+        given = {"base-checkout": checkout, "across": across, "strict": config.getoption("--vram-strict")}
+        if needless := next((option for option, value in given.items() if value), None):
+            raise UsageError(f"--vram-{needless}: says how to compare; give --vram-compare too, or leave it out")
+        return None
+    return BaseOptions(
+        name=name,
+        checkout=Path(checkout) if checkout else None,
+        across=tuple(known_key(key, "--vram-across") for key in across),
+        strict=config.getoption("--vram-strict"),
+    )
+
+
+def _readable_argument(argument: str, config: pytest.Config) -> str:
+    """A path or node id of the command line, as seen from the rootdir."""
+    path, *rest = argument.split("::", 1)
+    absolute = (config.invocation_params.dir / path).resolve()
+    inside = absolute.is_relative_to(config.rootpath)
+    return "::".join([(absolute.relative_to(config.rootpath) if inside else absolute).as_posix(), *rest])
 
 
 def _whole(text: str | None, option: str) -> Any:
@@ -267,6 +303,8 @@ class Manager:
         self.usage_error: str | None = None
         self.under_xdist = hasattr(config, "workerinput")
         self.interrupted = False
+        self.deselected: list[str] = []
+        self.problem: str | None = None  # why there is no verdict
         self.shown = 0
 
     @property
@@ -314,8 +352,11 @@ class Manager:
         plans: list[Plan] = []
         try:
             plans = self.sweep().plans(metafunc.definition.path.parent)
-            if self.under_xdist and (self.sweep().options.device != "meta" or self.sweep().options.resume):
-                raise UsageError("-n: cases are measured and resumed one at a time; leave -n out, or only estimate")
+            options = self.sweep().options
+            if self.under_xdist and (options.device != "meta" or options.resume or options.base):
+                raise UsageError(
+                    "-n: cases are measured, resumed and compared one at a time; leave -n out, or only estimate"
+                )
         except UsageError as error:
             self.usage_error = self.usage_error or str(error)
             if self.under_xdist:  # xdist has no way to end with a usage error: one test fails with the line
@@ -331,6 +372,9 @@ class Manager:
             item.extra_keyword_matches.update(plan.model.aliases)  # -k takes an alias too
         if _is_own(item) and self.config.pluginmanager.hasplugin("benchmark"):
             item.add_marker(pytest.mark.benchmark(timer=device_time))
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected += [item.nodeid for item in items if _is_own(item)]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         if self.usage_error and not self.under_xdist:
@@ -352,7 +396,8 @@ class Manager:
             first = "imports, then all estimates, then the cases" if measuring and plans else "imports, then the cases"
             self.terminal.write_line(f"vram: {len(plans) + len(own)} cases; {first}")
         try:
-            self.sweep().start(plans, [item.nodeid for item in own], keep_journal=not self.under_xdist)
+            node_ids = [item.nodeid for item in own]
+            self.sweep().start(plans, node_ids, keep_journal=not self.under_xdist, deselected=self.deselected)
         except VramError as error:
             raise pytest.UsageError(str(error)) from error
         if self.under_xdist:
@@ -373,8 +418,21 @@ class Manager:
         report = yield
         if records := item.stash.get(RECORDS, None):  # also of a fixture that measures, and fails
             report.vram = [record.model_dump(mode="json") for record in records]  # type: ignore[attr-defined]
+            for record in records:
+                self.tell_junit(item, record)
             records.clear()
         return report
+
+    def tell_junit(self, item: pytest.Item, record: Record) -> None:
+        """The figures of a case, and what is known of its comparison, as properties of its test."""
+        from pytest_vram.report.summary import properties
+
+        found = properties(record)
+        if self.session is not None:
+            self.session.node_ids[record.id] = item.nodeid
+            if self.session.base and (compared := self.session.base.so_far(record)):
+                found["vram.compared"] = compared.verdict
+        item.user_properties += found.items()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -422,10 +480,34 @@ class Manager:
         self.interrupted = True
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.session is None:
             return
-        self.session.finish(self.interrupted)
+        try:
+            self.session.finish(self.interrupted)
+            self.compare(session)
+        finally:
+            self.session.close()
+
+    def compare(self, session: pytest.Session) -> None:
+        """The verdict against the base, and pytest's exit code for it."""
+        from pytest_vram.errors import VramError
+
+        assert self.session is not None
+        try:
+            self.session.compare(self.interrupted)
+        except VramError as error:
+            self.problem = f"no verdict: {error}"
+            session.exitstatus = session.exitstatus or pytest.ExitCode.USAGE_ERROR
+        comparison = self.session.comparison
+        if comparison is None:
+            return
+        if comparison.failed:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        for plugin in self.config.pluginmanager.get_plugins():
+            if tell := getattr(plugin, "add_global_property", None):  # JUnit's
+                for word, count in comparison.counts().items():
+                    tell(f"vram.compared.{word.replace(' ', '_')}", count)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         session = self.session
@@ -444,6 +526,14 @@ class Manager:
             spent = monotonic() - session.began
             terminalreporter.write_line(where_time_went(session.fresh, spent))
         terminalreporter.write_line(f"run file: {session.run_path}")
+        if session.comparison is not None:
+            from pytest_vram.report.comparing import table as compared
+
+            terminalreporter.section("VRAM, compared with the base")
+            terminalreporter.write_line(compared(session.comparison))
+            terminalreporter.write_line(f"comparison: {session.comparison_path}")
+        if self.problem:
+            terminalreporter.write_line(f"vram: {self.problem}", red=True)
 
     def pytest_unconfigure(self) -> None:
         if self.session is not None:

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pytest_vram.against import FOLDER, Base, BaseOptions, save
 from pytest_vram.cases.case import AnyCase, Case, OwnCase, Weights
 from pytest_vram.cases.models import Model, is_folder, model_from_folder, names_with_aliases, read_models
-from pytest_vram.cases.sweep import Overrides, expand, read_sweep
+from pytest_vram.cases.sweep import Overrides, expand, read_sweep, read_thresholds
+from pytest_vram.cases.thresholds import Thresholds
+from pytest_vram.compare.comparison import Comparison
+from pytest_vram.compare.timing import WORKERS, Again
 from pytest_vram.errors import UsageError
 from pytest_vram.measure import environment
 from pytest_vram.measure.channel import Message
@@ -21,6 +25,7 @@ from pytest_vram.measure.own import described, readable
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
+from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import Record, Run
 
 PACKAGED_MATRIX = Path(__file__).parent / "cases" / "matrix.toml"
@@ -43,6 +48,9 @@ class Options:
     resume: bool = False
     allow_shared: bool = False
     name_host: bool = False
+    estimate: bool = True
+    base: BaseOptions | None = None
+    tests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,14 @@ class SweepSession:
         self.expected: set[str] = set()
         self.run_path: Path | None = None
         self.others_aliases: dict[str, list[str]] = {}
+        self.base: Base | None = None
+        self.comparison: Comparison | None = None
+        self.comparison_path: Path | None = None
+        self.node_ids: dict[str, str] = {}  # of the tests, by case id
         self._plans: dict[Path, list[Plan]] = {}
+        self._thresholds: list[Thresholds] = []
+        self._deselected: list[str] = []
+        self._jobs: dict[str, tuple[AnyCase, Message]] = {}
 
     # Collection
 
@@ -82,6 +97,7 @@ class SweepSession:
         matrix = self.options.matrix or (beside if beside.is_file() else PACKAGED_MATRIX)
         if matrix not in self._plans:
             self._plans[matrix] = self._read(matrix)
+            self._thresholds.append(read_thresholds(matrix))
         return self._plans[matrix]
 
     def _read(self, matrix: Path) -> list[Plan]:
@@ -125,11 +141,13 @@ class SweepSession:
 
     # The sweep
 
-    def start(self, plans: Sequence[Plan], own: Iterable[str] = (), *, keep_journal: bool) -> None:
+    def start(
+        self, plans: Sequence[Plan], own: Iterable[str] = (), *, keep_journal: bool, deselected: Iterable[str] = ()
+    ) -> None:
         """Start the machine, the journal and the estimates; raises UsageError before the first case.
 
-        `own` has the node ids of tests that measure pipelines of their own. `keep_journal` is off in xdist workers:
-        their controller keeps it.
+        `own` and `deselected` have the node ids of tests that measure pipelines of their own, and of those among them
+        that were left out. `keep_journal` is off in xdist workers: their controller keeps it.
         """
         options = self.options
         self.began = time.monotonic()
@@ -140,6 +158,9 @@ class SweepSession:
             twice = next(name for name in ids if ids.count(name) > 1)
             raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
         self.expected |= {self._own_case(*_split(node_id)).id for node_id in own}
+        left_out = {plan.case.id for plans in self._plans.values() for plan in plans}
+        left_out |= {self._own_case(*_split(node_id)).id for node_id in deselected}
+        self._deselected = sorted(left_out - self.expected)
         self._check_images_folder()
         if options.limit_bytes is not None and options.device == "cpu":
             raise UsageError("--vram-limit: there is no GPU memory to limit with --vram-device cpu")
@@ -147,6 +168,8 @@ class SweepSession:
             self.open_journal({})  # a folder that cannot be written is known before the imports
         models = {plan.model.name: plan.model for plan in self.planned}
         try:
+            if options.device != "cuda":
+                self._find_base({})  # before the imports; on a GPU it must be known which
             self.machine = start_machine(
                 options.device,
                 models.values(),
@@ -154,6 +177,8 @@ class SweepSession:
                 name_host=options.name_host,
                 say=self.say,
             )
+            if options.device == "cuda":
+                self._find_base(self.machine.facts)
             if keep_journal and options.device == "cuda":
                 self.open_journal(self.machine.facts)
         except BaseException:
@@ -163,7 +188,7 @@ class SweepSession:
         wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
         if options.device != "meta":
             self.references = References(wanted)
-        if options.device != "cpu":
+        if options.device != "cpu" and options.estimate:
             capability = self.machine.facts.get("compute_capability")
             self.estimates = Estimates(wanted, models, self.machine.starter, capability, ahead=keep_journal)
         if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
@@ -188,17 +213,41 @@ class SweepSession:
         if self.journal is not None:
             return self.journal
         options = self.options
-        start = self.machine.starter.name if self.machine else "fork"
-        described = {**environment.describe(self.root, start=start, name_host=options.name_host), **facts}
+        run = self._described(facts)
         folder = options.results / {"meta": "estimated", "cpu": "cpu"}.get(options.device, slug(facts.get("gpu", "")))
-        run = Run(environment=described, sweep=options.sweep, options={"device": options.device})
         path = None
         if options.resume:
             path, records = self._resumable(folder, run)
             run = run.model_copy(update={"records": records})
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
-        self.journal = Journal(path or new_path(folder, described), run)
+        self.journal = Journal(path or new_path(folder, run.environment), run)
         return self.journal
+
+    def _described(self, facts: dict[str, Any]) -> Run:
+        """This run, without records. `facts` are those of the GPU."""
+        options, overrides = self.options, self.options.overrides
+        start = self.machine.starter.name if self.machine else "fork"
+        return Run(
+            environment={**environment.describe(self.root, start=start, name_host=options.name_host), **facts},
+            sweep=options.sweep,
+            options={
+                "device": options.device,
+                "tests": list(options.tests),
+                "overrides": {name: value for name, value in vars(overrides).items() if value is not None},
+                "deselected": self._deselected,
+                "workers": options.settings.workers,
+                "rounds": options.settings.rounds,
+            },
+        )
+
+    def _find_base(self, facts: dict[str, Any]) -> None:
+        """Read what this run is compared with; raises UsageError where that cannot be."""
+        options = self.options
+        if options.base is None or self.base is not None:
+            return
+        self.say("the base")
+        self.base = Base(options.base, self._described(facts), options.results, self.root, self._thresholds)
+        self.base.check_cases(self.expected)
 
     def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
         """The newest unfinished run of this folder, and its records that need not be made again."""
@@ -267,6 +316,7 @@ class SweepSession:
 
     def _measure(self, case: AnyCase, job: Message, estimated: Estimated | None) -> Record:
         assert self.machine is not None
+        self._jobs[case.id] = case, job
         try:
             return measure(case, job, self.machine, self.options.settings, self.say, estimated, self.references)
         except CaseInterrupted as interrupt:
@@ -303,8 +353,7 @@ class SweepSession:
     # The end
 
     def finish(self, interrupted: bool) -> None:
-        """Leave no process behind, and write the run file."""
-        self.close()
+        """Write the run file."""
         if self.journal is None:
             return
         if not self.journal.records:
@@ -315,6 +364,73 @@ class SweepSession:
         if self.others_aliases:
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases})
         self.run_path = self.journal.finish(complete)
+
+    def compare(self, interrupted: bool) -> None:
+        """The verdict on the finished run; times that look slower are measured again, unless somebody waits to go.
+
+        Raises:
+            NotComparable: where none of the base's cases came to be measured, or the verdict cannot be written.
+        """
+        if self.base is None or self.run_path is None or self.journal is None:
+            return
+        head = ReadRun(self.run_path, self.journal.run.model_copy(update={"records": self.records}))
+        again: dict[str, Again] = {}
+        notes: list[str] = []
+        try:
+            if not interrupted and self.options.device != "meta":
+                again, notes = self._again(head)
+        except KeyboardInterrupt:
+            notes = ["interrupted while times were measured again"]
+        self.comparison = self.base.conclude(head, again, notes)
+        self.comparison_path = save(self.comparison, self.run_path)
+
+    def _again(self, head: ReadRun) -> tuple[dict[str, Again], list[str]]:
+        """Fresh workers for the cases that look slower: of both sides, or of the head's alone."""
+        assert self.base
+        assert self.run_path
+        names = self.base.flagged(head)
+        if self.base.checkout is not None:
+            models = {record.id: record.case.model for record in head.records}
+            tests = {name: self.node_ids[name] for name in names if name in self.node_ids}
+            folder = (self.run_path.parent / FOLDER / self.run_path.stem).absolute()
+            timeout_s = self.options.settings.timeout_s
+            again, notes = self.base.measure_again(tests, models, self._options_again, folder, timeout_s, self.say)
+            if not notes:
+                return again, notes
+            names = [name for name in names if name not in again]
+        else:
+            again, notes = {}, []
+        settings = replace(self.options.settings, workers=WORKERS, need=False, save_images=None)
+        for name in names:
+            if self.base.has_stored_workers(name) and name in self._jobs and self.machine:
+                self.say(f"{name} again")
+                record = measure(*self._jobs[name], self.machine, settings, self.say)
+                again[name] = Again((), [record]) if record.status == "ok" else Again((), ())
+        return {name: one for name, one in again.items() if one.head}, notes
+
+    def _options_again(self, root: Path) -> list[str]:
+        """pytest's options with which a checkout measures single cases of this sweep once more."""
+        options, settings, overrides = self.options, self.options.settings, self.options.overrides
+        given: dict[str, Any] = {
+            "device": options.device,
+            "sweep": options.sweep,
+            "models": overrides.models and ",".join(overrides.models),
+            "optimizations": overrides.optimizations and ",".join(overrides.optimizations),
+            "resolutions": overrides.resolutions and ",".join(overrides.resolutions),
+            "batch-sizes": overrides.batch_sizes and ",".join(map(str, overrides.batch_sizes)),
+            "steps": overrides.steps,
+            "rounds": settings.rounds,
+            "weights": options.weights,
+            "limit": options.limit_bytes and f"{options.limit_bytes}B",
+            "timeout": int(settings.timeout_s),
+        }
+        if options.matrix is not None:
+            matrix = options.matrix.resolve()
+            top = self.root.resolve()
+            given["matrix"] = root / matrix.relative_to(top) if matrix.is_relative_to(top) else matrix
+        said = [f"--vram-{name}={value}" for name, value in given.items() if value]
+        flags = ["--vram-no-need", "--vram-no-estimate", "--vram-compare="]
+        return said + flags + (["--vram-allow-shared"] if options.allow_shared else [])
 
     def abandon(self) -> None:
         """Nothing was run: leave nothing behind."""

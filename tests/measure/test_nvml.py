@@ -8,6 +8,7 @@ import pynvml
 import pytest
 
 from pytest_vram.measure import nvml
+from pytest_vram.records.schema import ABNORMAL
 
 HANDLE = "the handle"
 
@@ -115,8 +116,8 @@ def test_throttle_reasons_by_their_old_name(driver: Driver, too_old: str) -> Non
 
 
 def test_what_counts_as_abnormal_is_a_reason_that_is_decoded() -> None:
-    assert set(nvml.THROTTLE_REASONS.values()) > nvml.ABNORMAL
-    assert "sw_power_cap" not in nvml.ABNORMAL  # the normal state of a card under load
+    assert set(nvml.THROTTLE_REASONS.values()) > ABNORMAL
+    assert "sw_power_cap" not in ABNORMAL  # the normal state of a card under load
 
 
 def test_processes_by_pid(driver: Driver) -> None:

@@ -19,6 +19,7 @@ import pytest
 from pytest_vram.cases.case import OwnCase
 from pytest_vram.cases.models import Model, read_models
 from pytest_vram.errors import UsageError
+from pytest_vram.records.files import Refused
 from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Record, Run
 from pytest_vram.report.cards import Card, read_cards
@@ -44,7 +45,7 @@ ESTIMATED = {"need_bytes": 12000 * MIB, "estimated_need_bytes": 12000 * MIB, "re
 def a_run(*records: Record, path: str = "run.json", refused: tuple[str, ...] = (), **changes: Any) -> ReadRun:
     """A run of these records, on an H100 unless `environment` says otherwise."""
     run = {"environment": H100, "sweep": "default", **changes, "records": list(records)}
-    return ReadRun(Path(path), Run(**run), refused)
+    return ReadRun(Path(path), Run(**run), tuple(Refused(None, problem) for problem in refused))
 
 
 @cache

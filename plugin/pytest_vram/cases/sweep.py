@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pytest_vram.cases.case import Case, Weights, parse_resolution
 from pytest_vram.cases.models import Model, find_model
+from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.cases.toml import read_toml
 from pytest_vram.errors import UsageError, unknown
 
@@ -53,6 +54,7 @@ class Matrix(_Table):
     """The file `matrix.toml`."""
 
     sweeps: dict[str, Sweep] = Field(min_length=1)
+    thresholds: Thresholds = Thresholds()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Overrides:
     resolutions: tuple[str, ...] | None = None
     batch_sizes: tuple[int, ...] | None = None
     steps: int | None = None
+
+
+def read_thresholds(path: Path) -> Thresholds:
+    """The thresholds of a matrix file; raises UsageError, naming the file and the key."""
+    return read_toml(path, Matrix).thresholds
 
 
 def read_sweep(path: Path, name: str) -> Sweep:

@@ -4,9 +4,11 @@ import gc
 import math
 import re
 import resource
+import statistics
 import sys
 import time
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ class _Generation:
         self.deadline = time.monotonic() + job["timeout_s"]
         self.phase = "load"
         self.peaks: dict[str, int] = {}
-        self.marks: list[tuple[str, Any]] = []
+        self.marks: list[tuple[str, Any, float]] = []  # phase, the device's mark, the host's clock
+        self.behind: list[float] = []
         self.track_memory = True
         self.found: dict[str, Any] = {}
         self.output: Any = None
@@ -108,6 +111,7 @@ class _Generation:
             self.reporter.send("round", index=index)
         self.found["rounds_wall_s"] = time.perf_counter() - began
         self.found["rounds"] = durations
+        self.found["gpu_behind_s"] = max(0.0, statistics.median(self.behind[-rounds:]))
         self.found["denoiser_calls"] = self.phases.denoiser_calls
         self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe)
         self.found["native_steps"] = self.subject.native_steps
@@ -143,18 +147,23 @@ class _Generation:
         self.device.synchronize()
         self.phases.begin()
         output = self.subject.call(pipe, self.place, steps)
-        self.marks.append(("end", self.device.mark()))
+        self.mark("end")
         self.device.synchronize()
         self.take_peak()
         if keep_output:
             self.output = output
         seconds: dict[str, float] = {}
-        for (name, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):  # a phase may come again
+        for (name, begin, _), (_, end, _) in pairwise(self.marks):  # a phase may come again
             seconds[name] = seconds.get(name, 0.0) + self.device.seconds(begin, end)
+        _, first, began = self.marks[0]
+        self.behind.append(max(self.device.seconds(first, mark) - (at - began) for _, mark, at in self.marks[1:]))
         return seconds
 
+    def mark(self, name: str) -> None:
+        self.marks.append((name, self.device.mark(), time.perf_counter()))
+
     def enter(self, phase: str) -> None:
-        self.marks.append((phase, self.device.mark()))
+        self.mark(phase)
         self.take_peak()
         self.phase = phase
 

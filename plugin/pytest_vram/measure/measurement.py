@@ -17,7 +17,7 @@ from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, No
 from pytest_vram.measure.recording import WorkerRun, record_of, with_exactness, with_need, without_need
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, impossible
-from pytest_vram.records.schema import Failure, Record, Wall
+from pytest_vram.records.schema import NOT_SEARCHED, Failure, Record, Wall
 
 GENERATION = "pytest_vram.measure.generation:run"
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
@@ -183,7 +183,7 @@ class CaseWorkers:
         if record.status != "ok" or not memory.reserved_peak_bytes or not memory.allocated_peak_bytes:
             raise NoNeed("the case did not complete")
         if not self.settings.need:
-            raise NoNeed("not searched (--vram-no-need)")
+            raise NoNeed(NOT_SEARCHED)
         guess, spread = memory.allocated_peak_bytes, ALLOCATED_SPREAD
         if estimated:  # what the estimate has wrong of the allocated peak it probably has wrong of the need
             guess = estimated.need * memory.allocated_peak_bytes // estimated.allocated_peak

@@ -7,13 +7,13 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from pytest_vram.cases.case import AnyCase, Case
-from pytest_vram.measure import nvml
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import Need
 from pytest_vram.measure.sampling import Sampler
 from pytest_vram.records.schema import (
+    ABNORMAL,
     NVML_SLACK_BYTES,
     Exactness,
     Failure,
@@ -90,8 +90,8 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
         ),
     }
     if done and all(run.outcome["rounds"] for run in runs):
-        fields["time"] = _time(case, runs)
-        if any(run.telemetry and all(nvml.ABNORMAL & set(s.throttle) for s in run.telemetry) for run in runs):
+        fields["time"] = _time(case, machine.device, runs)
+        if any(run.telemetry and all(ABNORMAL & set(s.throttle) for s in run.telemetry) for run in runs):
             throttled = "every round of a worker ran on a throttled GPU"
             fields["disturbed"] = "; ".join(filter(None, [fields["disturbed"], throttled]))
         own = "it is not known of a pipeline of one's own"
@@ -236,7 +236,7 @@ def _phases(runs: list[WorkerRun]) -> dict[str, PhaseCost]:
     return phases
 
 
-def _time(case: AnyCase, runs: list[WorkerRun]) -> Time:
+def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
     """Rounds of a throttled GPU are discarded, unless no other is left."""
     workers: list[WorkerTime] = []
     kept_rounds: list[dict[str, float]] = []
@@ -244,7 +244,7 @@ def _time(case: AnyCase, runs: list[WorkerRun]) -> Time:
     for run in runs:
         rounds = run.outcome["rounds"]
         states = run.telemetry or [RoundTelemetry()] * len(rounds)
-        kept = [r for r, state in zip(rounds, states, strict=True) if not nvml.ABNORMAL & set(state.throttle)]
+        kept = [r for r, state in zip(rounds, states, strict=True) if not ABNORMAL & set(state.throttle)]
         discarded += len(rounds) - len(kept) if kept else 0
         kept = kept or rounds
         kept_rounds += kept
@@ -255,6 +255,7 @@ def _time(case: AnyCase, runs: list[WorkerRun]) -> Time:
     step = phase["denoise"] / max(1, runs[-1].outcome["denoiser_calls"])
     native_calls = runs[-1].outcome["native_denoiser_calls"]
     images = runs[-1].outcome["images"]
+    behind = [run.outcome["gpu_behind_s"] for run in runs if "gpu_behind_s" in run.outcome]
     full_length = None if native_calls is None else phase["encode"] + native_calls * step + phase["decode"]
     return Time(
         cold_s=runs[0].outcome["cold_s"],
@@ -264,6 +265,7 @@ def _time(case: AnyCase, runs: list[WorkerRun]) -> Time:
         full_length_s=full_length,
         full_length_steps=None if full_length is None else runs[-1].outcome["native_steps"],
         denoiser_calls=runs[-1].outcome["denoiser_calls"],
+        gpu_behind_s=statistics.median(behind) if behind and device != "cpu" else None,
         workers=workers,
         rounds_discarded=discarded,
     )

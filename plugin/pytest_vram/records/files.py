@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ from pytest_vram.records.schema import SCHEMA, Record, Run, above_the_card
 
 MAX_FILE_BYTES = 256 << 20
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A record of a run file that was left out: the id that it gives itself, if it does, and what is wrong."""
+
+    id: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 def slug(text: str) -> str:
@@ -102,7 +114,7 @@ def write_run(path: Path, run: Run) -> None:
     part.replace(path)
 
 
-def read_run(path: Path, refused: list[str] | None = None) -> Run:
+def read_run(path: Path, refused: list[Refused] | None = None) -> Run:
     """The run of a run file.
 
     A record that is not what the schema says ends the reading; with a list for `refused` it is left out and said
@@ -111,10 +123,10 @@ def read_run(path: Path, refused: list[str] | None = None) -> Run:
     Raises:
         RunFileError: naming the file and the key, for anything that is not what the schema says.
     """
-    return checked(_json(read_text(path), path), path, refused)
+    return checked(read_json(path), path, refused)
 
 
-def read_journal(path: Path, refused: list[str] | None = None) -> Run:
+def read_journal(path: Path, refused: list[Refused] | None = None) -> Run:
     """The run of a journal, as far as it came; a last line that was cut off is left out. `refused` as in `read_run`.
 
     Raises:
@@ -132,7 +144,7 @@ def read_journal(path: Path, refused: list[str] | None = None) -> Run:
     return checked({"vram": {**documents[0], "records": list(records.values())}}, path, refused)
 
 
-def checked(document: Any, source: Path, refused: list[str] | None = None) -> Run:
+def checked(document: Any, source: Path, refused: list[Refused] | None = None) -> Run:
     """The run in a document read from `source`, or RunFileError. `refused` as in `read_run`."""
     if not isinstance(document, dict) or not isinstance(document.get("vram"), dict):
         raise NotOurs(f"{source}: has no key 'vram'; it is no run file of pytest-vram")
@@ -158,7 +170,8 @@ def checked(document: Any, source: Path, refused: list[str] | None = None) -> Ru
             problem = " ".join(str(error).split())
             if refused is None:
                 raise RunFileError(f"{source}: {problem}") from error
-            refused.append(problem)
+            name = _of(one, "id")
+            refused.append(Refused(name if isinstance(name, str) else None, problem))
     return run
 
 
@@ -200,6 +213,11 @@ def read_text(path: Path) -> str:
         raise RunFileError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # no UTF-8, or a name that no file can have
         raise RunFileError(f"{path}: is not UTF-8 text") from error
+
+
+def read_json(path: Path) -> Any:
+    """A JSON document that somebody names; raises RunFileError, naming the file."""
+    return _json(read_text(path), path)
 
 
 def _json(text: str, path: Path) -> Any:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pytest_vram.errors import NotOurs, RunFileError
-from pytest_vram.records.files import TIME_FORMAT, read_journal, read_run
+from pytest_vram.records.files import TIME_FORMAT, Refused, read_journal, read_run
 from pytest_vram.records.schema import Record, Run
 
 
@@ -18,7 +18,7 @@ class ReadRun:
 
     path: Path
     run: Run
-    refused: tuple[str, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
     @property
     def records(self) -> list[Record]:
@@ -64,7 +64,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[ReadRun], list[str]]:
     runs: list[ReadRun] = []
     notes: list[str] = []
     for path, named in _files(paths):
-        refused: list[str] = []
+        refused: list[Refused] = []
         try:
             read = read_journal if path.suffix == ".jsonl" else read_run
             runs.append(ReadRun(path, read(path, refused), tuple(refused)))

@@ -21,6 +21,11 @@ ASSUMED_CONTEXT_BYTES = 768 << 20
 ROUNDOFF = {"fp32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
 EXACT_WITHIN_ROUNDOFFS = 4  # of values from 0 to 1: in half precision half a level of an 8-bit image
 
+NOT_SEARCHED = "not searched (--vram-no-need)"  # why a record has no need, where nobody asked for it
+
+# What slows a GPU beyond its power cap, by the names that measure/nvml.py gives to NVML's reasons.
+ABNORMAL = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
+
 Status = Literal["ok", "oom", "error", "timeout", "skipped"]
 Phase = Literal["load", "encode", "denoise", "decode", "call"]  # call: of a pipeline with no such parts
 Bytes = Annotated[int, Field(strict=True, gt=0, lt=1 << 50)]
@@ -75,7 +80,10 @@ class WorkerTime(_Part):
 class Time(_Part):
     """Seconds of one call, prompt to pixels. `step_s` is one call of the denoiser; `full_length_s` is calculated:
     encode + the denoiser's calls at the model's native number of steps × step + decode. So is `at_need_s`, the same
-    call as `median_s` under a cap of the need, from the phases of a warm second call of two steps."""
+    call as `median_s` under a cap of the need, from the phases of a warm second call of two steps.
+
+    `gpu_behind_s` is how far the GPU was behind the host at most when a phase ended: near 0 the GPU waits for the
+    host's CPU, and a call's time says more of that CPU than of the GPU."""
 
     cold_s: Seconds | None = None
     median_s: Seconds | None = None
@@ -85,6 +93,7 @@ class Time(_Part):
     full_length_s: Seconds | None = None
     full_length_steps: Count | None = None
     denoiser_calls: Count | None = None
+    gpu_behind_s: float | None = Field(default=None, ge=0, lt=1e7)
     workers: list[WorkerTime] = []
     rounds_discarded: Count = 0
 

@@ -102,6 +102,21 @@ def _row(record: Record) -> list[str]:
     ]
 
 
+def properties(record: Record) -> dict[str, str]:
+    """The figures of a case for JUnit: bytes and seconds; what is not known is left out."""
+    memory, time = record.memory, record.time
+    found = {
+        "vram.status": record.status,
+        "vram.method": record.method,
+        "vram.required_bytes": memory.required_bytes,
+        "vram.need_bytes": memory.need_bytes,
+        "vram.allocated_peak_bytes": memory.allocated_peak_bytes,
+        "vram.nvml_process_peak_bytes": memory.nvml_process_peak_bytes,
+        "vram.median_s": time.median_s,
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
 def line(record: Record) -> str:
     """One case in one line, for the progress."""
     said = {

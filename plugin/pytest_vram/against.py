@@ -1,0 +1,138 @@
+"""A sweep against a base: from `--vram-compare` to the verdict, with fresh workers for the times that look slower."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_vram.cases.thresholds import Limits, Thresholds, read_project
+from pytest_vram.compare.comparing import check_comparable, compare, compare_case, flagged
+from pytest_vram.compare.comparison import CaseComparison, Comparison, comparison_json
+from pytest_vram.compare.finding import Like, find_run
+from pytest_vram.compare.timing import MORE_WORKERS, WORKERS, Again, medians, wants_more
+from pytest_vram.errors import NotComparable, UsageError, VramError
+from pytest_vram.measure.again import Checkout, NotMeasured, other_checkout, this_checkout
+from pytest_vram.records.reading import ReadRun
+from pytest_vram.records.schema import Record, Run
+from pytest_vram.report.comparing import as_markdown
+
+FOLDER = "comparisons"
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """What to compare with: `name` as `find_run` takes it, and the base's checkout for measuring it again."""
+
+    name: str
+    checkout: Path | None = None
+    across: tuple[str, ...] = ()
+    strict: bool = False
+
+
+class Base:
+    """The run that this one is compared with, found and checked before the first case."""
+
+    def __init__(
+        self, options: BaseOptions, head: Run, results: Path, root: Path, tables: Iterable[Thresholds]
+    ) -> None:
+        """`head` is this run, without records; `tables` are the thresholds of the matrices.
+
+        Raises:
+            UsageError: where there is no such base, it is not comparable, or its checkout is not what it should be.
+        """
+        self.options, self.root = options, root
+        self.limits = Limits([read_project(root), *tables])
+        self.checkout: Checkout | None = None
+        try:
+            like = Like(head.environment.get("gpu"), head.options.get("device"), head.sweep, across=options.across)
+            self.run = find_run(options.name, results, root, like)
+            check_comparable(self.run, ReadRun(Path("this run"), head), options.across)
+        except VramError as error:
+            raise UsageError(f"--vram-compare: {str(error).replace('--across', '--vram-across')}") from error
+        if options.checkout is not None:
+            commit = self.run.run.environment.get("commit")
+            self.checkout = other_checkout(options.checkout, root, commit if isinstance(commit, str) else None)
+
+    def check_cases(self, ids: Set[str]) -> None:
+        """Raises UsageError where the base has none of these cases."""
+        if not ids & {record.id for record in self.run.records}:
+            raise UsageError(f"--vram-compare: {self.run.path} has none of these cases; give a base of the same sweep")
+
+    def so_far(self, record: Record) -> CaseComparison | None:
+        """What is known of a case before times are confirmed; None where the base lacks it."""
+        old = next((old for old in self.run.records if old.id == record.id), None)
+        return None if old is None else compare_case(old, record, self.limits, self.options.across)
+
+    def flagged(self, head: ReadRun) -> list[str]:
+        """The cases that fresh workers should decide."""
+        return flagged(self.run, head, self.limits, self.options.across)
+
+    def has_stored_workers(self, id: str) -> bool:
+        """Whether the base's stored workers are enough for a verdict without measuring it again."""
+        return any(old.id == id and len(old.time.workers) >= WORKERS for old in self.run.records)
+
+    def measure_again(
+        self,
+        tests: Mapping[str, str],
+        models: Mapping[str, str],
+        options: Callable[[Path], Sequence[str]],
+        folder: Path,
+        timeout_s: float,
+        say: Callable[[str], None],
+    ) -> tuple[dict[str, Again], list[str]]:
+        """Fresh workers for both sides in turn: by case id, and notes of what could not be measured.
+
+        `tests` are the cases' node ids, `models` their models; `options` gives pytest's options for a rootdir; `folder`
+        takes the run files.
+        """
+        assert self.checkout is not None
+        sides = {"base": self.checkout, "head": this_checkout(self.root)}
+        found: dict[str, dict[str, list[Record]]] = {id: {"base": [], "head": []} for id in tests}
+        wanted = list(tests)
+        for turn in range(WORKERS + MORE_WORKERS):
+            if turn == WORKERS:
+                wanted = [id for id in wanted if self._wants_more(id, models[id], found[id])]
+            if not wanted:
+                break
+            for side in ("base", "head") if turn % 2 == 0 else ("head", "base"):
+                say(f"{len(wanted)} cases again, turn {turn + 1}: {side}")
+                checkout = sides[side]
+                try:
+                    nodes = [tests[id] for id in wanted]
+                    records = checkout.measure(nodes, options(checkout.root), folder / side, timeout_s * len(wanted))
+                except NotMeasured as error:
+                    return {}, [f"the {side} could not be measured again: {error}"]
+                for record in records:
+                    if record.id in found and record.status == "ok":
+                        found[record.id][side].append(record)
+        again = {id: Again(both["base"], both["head"]) for id, both in found.items()}
+        whole = {id: one for id, one in again.items() if min(len(medians(one.base)), len(medians(one.head))) >= WORKERS}
+        lost = [f"{id} could not be measured again on both sides" for id in again if id not in whole]
+        return whole, lost
+
+    def _wants_more(self, id: str, model: str, both: Mapping[str, Sequence[Record]]) -> bool:
+        limit = self.limits.of("time", model, id)
+        sides = medians(both["base"]), medians(both["head"])
+        return all(sides) and wants_more(*sides, limit["relative"], limit["absolute_s"])
+
+    def conclude(self, head: ReadRun, again: Mapping[str, Again], notes: Sequence[str] = ()) -> Comparison:
+        """The verdict; raises NotComparable."""
+        options = self.options
+        found = compare(self.run, head, self.limits, across=options.across, again=again, strict=options.strict)
+        return found.model_copy(update={"notes": [*found.notes, *notes]})
+
+
+def save(comparison: Comparison, run_path: Path) -> Path:
+    """Write the comparison as JSON and Markdown, and into GitHub's step summary; gives the JSON file's path."""
+    path = run_path.parent / FOLDER / run_path.name
+    text = as_markdown(comparison)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(comparison_json(comparison), encoding="utf-8")
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(text)
+    except OSError as error:
+        raise NotComparable(f"the comparison could not be written: {error.filename}: {error.strerror}") from error
+    return path

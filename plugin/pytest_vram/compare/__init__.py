@@ -1,0 +1,1 @@
+"""Two runs, one verdict. Knows records and cases, neither torch nor pytest."""

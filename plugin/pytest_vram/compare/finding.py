@@ -1,0 +1,110 @@
+"""The run that a person means: a file, or the newest finished one of a folder, of a commit, or of all (`latest`)."""
+
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_vram.errors import NotOurs, RunFileError
+from pytest_vram.records.files import Refused, read_journal, read_run
+from pytest_vram.records.reading import ReadRun
+
+LATEST = "latest"
+_COMMIT = re.compile(r"[0-9a-f]{4,40}")
+
+
+@dataclass(frozen=True)
+class Like:
+    """What the run must have in common with the one that it is compared with, and the file that it must not be."""
+
+    gpu: str | None
+    device: Any
+    sweep: str
+    path: Path | None = None
+    across: Sequence[str] = ()
+
+    @classmethod
+    def run(cls, run: ReadRun, across: Sequence[str] = ()) -> "Like":
+        """The same GPU (unless that is to be compared across), device and sweep as a run, but another file."""
+        return cls(run.gpu, run.run.options.get("device"), run.run.sweep, run.path, across)
+
+    def admits(self, run: ReadRun) -> bool:
+        """Whether a run may be meant."""
+        if self.path is not None and run.path.resolve() == self.path.resolve():
+            return False
+        gpu = "gpu" in self.across or run.gpu == self.gpu
+        device = "device" in self.across or run.run.options.get("device") == self.device
+        return gpu and device and run.run.sweep == self.sweep
+
+    def __str__(self) -> str:
+        on = f"of {self.gpu}" if self.gpu else "of estimates" if self.device == "meta" else f"of the {self.device}"
+        return f"{on} and the sweep {self.sweep!r}"
+
+
+def find_run(name: str, results: Path, root: Path, like: Like | None = None) -> ReadRun:
+    """The run called `name`, which is a path, a commit (of the repository at `root`), or `latest`.
+
+    Raises:
+        RunFileError: naming the file that cannot be read, or saying where there is no such run.
+    """
+    path = Path(name)
+    if path.is_file():
+        return read_one(path)
+    if path.is_dir():
+        found = next(_candidates(path, like), None)
+        where = f"{path}: has"
+    elif name == LATEST:
+        found = next(_candidates(results, like), None)
+        where = f"{LATEST}: {results} has"
+    elif commit := _commit(name, root):
+        named = (run for run in _candidates(results, like) if _is_of(run, commit))
+        found = next(named, None)
+        where = f"{name}: {results} has, of the commit {commit[:12]},"
+    else:
+        raise RunFileError(f"{name}: is no file, no folder, no commit, and not {LATEST!r}")
+    if found is None:
+        kind = f" {like}" if like else ""
+        raise RunFileError(f"{where} no finished run{kind}; make one, or name another base")
+    return found
+
+
+def read_one(path: Path) -> ReadRun:
+    """One run file or journal; records with impossible figures are left out and kept in `refused`."""
+    refused: list[Refused] = []
+    read = read_journal if path.suffix == ".jsonl" else read_run
+    return ReadRun(path, read(path, refused), tuple(refused))
+
+
+def _candidates(folder: Path, like: Like | None) -> Iterator[ReadRun]:
+    """Finished runs of a folder and the folders in it, the newest first. A broken file is passed over: it is not the
+    finished run that was asked for."""
+    files = (file for form in ("*.json", "*/*.json") for file in folder.glob(form) if file.is_file())
+    for file in sorted(files, key=lambda file: file.name, reverse=True):  # names begin with the time
+        try:
+            run = read_one(file)
+        except (NotOurs, RunFileError):
+            continue
+        if run.run.complete and (like is None or like.admits(run)):
+            yield run
+
+
+def _commit(name: str, root: Path) -> str | None:
+    """The full id of a commit, or what may be one where there is no git to ask."""
+    command = ["git", "-C", str(root), "rev-parse", "--quiet", "--verify", "--end-of-options", f"{name}^{{commit}}"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        pass
+    return name.lower() if _COMMIT.fullmatch(name.lower()) else None
+
+
+def _is_of(run: ReadRun, commit: str) -> bool:
+    """Whether a run was made from exactly this commit."""
+    said = run.run.environment.get("commit")
+    if not isinstance(said, str) or len(said) < 4 or run.run.environment.get("dirty"):
+        return False
+    return commit.startswith(said.lower()) or said.lower().startswith(commit)

@@ -1,0 +1,136 @@
+"""Cases measured again in fresh workers, each side from its own checkout: `pytest` of both in turn."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_vram.errors import RunFileError, UsageError, VramError
+from pytest_vram.measure.environment import git_state, without_paths
+from pytest_vram.records.files import read_run
+from pytest_vram.records.schema import Record
+
+START_TIMEOUT_S = 600.0  # of pytest and its imports, beside that of the cases
+# Options of the whole session, and of this one, that the measuring of single cases must not inherit.
+_NOT_INHERITED = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "GITHUB_STEP_SUMMARY")
+
+
+class NotMeasured(VramError):
+    """A checkout could not be measured again; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A working copy: pytest's rootdir in it, the interpreter, and PYTHONPATH."""
+
+    root: Path
+    python: str
+    python_path: str
+
+    def measure(self, node_ids: Sequence[str], options: Sequence[str], results: Path, timeout_s: float) -> list[Record]:
+        """Run these tests with these options: their records.
+
+        Raises:
+            NotMeasured: when no run came of it.
+        """
+        before = set(results.glob("*/*.json"))
+        command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={self.root}"]
+        command += [f"--vram-results={results}", *options, *node_ids]
+        environ = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        environ |= {"PYTHONPATH": self.python_path, "CI": "true"}
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=self.root,
+                    env=environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise NotMeasured(f"{self.python} could not be started: {error.strerror}") from error
+            try:
+                process.wait(START_TIMEOUT_S + timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise NotMeasured(f"pytest in {self.root.name} did not end in time") from error
+            finally:
+                if process.poll() is None:
+                    with suppress(OSError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            output.seek(0)
+            said = output.read()
+        made = sorted(set(results.glob("*/*.json")) - before)
+        if not made:
+            raise NotMeasured(f"pytest ended with {process.returncode}: {_last_line(said)}")
+        try:
+            return read_run(made[-1]).records
+        except RunFileError as error:
+            raise NotMeasured(str(error)) from error
+
+
+def _last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return without_paths((errors or lines or ["it said nothing"])[-1])[:500]
+
+
+def this_checkout(root: Path) -> Checkout:
+    """The working copy that is measured now."""
+    return Checkout(root, sys.executable, os.pathsep.join(_paths(_top(root))))
+
+
+def other_checkout(folder: Path, root: Path, commit: str | None) -> Checkout:
+    """The base's working copy in `folder`, for the rootdir `root` of the head's; `commit` is the base run's.
+
+    Its interpreter is `.venv/bin/python` in it, where that exists; else this one, with whatever it imports from the
+    head's checkout taken from the base's.
+
+    Raises:
+        UsageError: when it is no such working copy, or of another commit.
+    """
+    option = "--vram-base-checkout"
+    if not folder.is_dir():
+        raise UsageError(f"{option}: {folder} is no folder; give a checkout of the base's commit")
+    folder, top = folder.resolve(), _top(root)
+    if folder == top or folder == root.resolve():
+        raise UsageError(f"{option}: {folder} is the checkout that is measured; give one of the base's commit")
+    base = folder / root.resolve().relative_to(top)
+    base = base if base.is_dir() else folder
+    found, dirty = git_state(base)
+    if commit and found and not (found.startswith(commit) or commit.startswith(found)):
+        raise UsageError(f"{option}: {folder} is at {found}, the base's run was made at {commit}; check that out")
+    if dirty:
+        raise UsageError(f"{option}: {folder} has changes that are not committed; check {commit or 'it'} out anew")
+    own = folder / ".venv" / "bin" / "python"
+    if own.exists():
+        return Checkout(base, str(own), "")
+    return Checkout(base, sys.executable, os.pathsep.join(str(folder / path) for path in _relative_paths(top)))
+
+
+def _top(root: Path) -> Path:
+    """The top folder of the working copy that `root` is in, or `root` where there is no git."""
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel"]
+    with suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return Path(found).resolve()
+    return root.resolve()
+
+
+def _relative_paths(top: Path) -> list[Path]:
+    """Where Python imports from in this working copy, as seen from its top; not its virtual environment."""
+    prefixes = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
+    found = [Path(entry or ".").resolve() for entry in sys.path]
+    inside = [p for p in found if p.is_relative_to(top) and not any(p.is_relative_to(prefix) for prefix in prefixes)]
+    return [path.relative_to(top) for path in dict.fromkeys(inside)]
+
+
+def _paths(top: Path) -> list[str]:
+    return [str(top / path) for path in _relative_paths(top)]
