@@ -56,7 +56,10 @@ class Base:
     def check_cases(self, ids: Set[str]) -> None:
         """Raises UsageError where the base has none of these cases."""
         if not ids & {record.id for record in self.run.records}:
-            raise UsageError(f"--vram-compare: {self.run.path} has none of these cases; give a base of the same sweep")
+            raise UsageError(
+                f"--vram-compare: {self.run.path} has none of these cases, such as {min(ids, default='none')}; "
+                f"give a base of the same sweep and of the same rootdir ({self.root})"
+            )
 
     def so_far(self, record: Record) -> CaseComparison | None:
         """What is known of a case before times are confirmed; None where the base lacks it."""
