@@ -21,8 +21,12 @@ WORKERS = 3  # a side
 QUIET_SPREAD = 0.02
 MORE_WORKERS = 2
 CLOCK_TOLERANCE = 0.02  # two SM clocks that differ by more explain a difference in time
-# Of a step. A GPU that is less far behind the host when its work has been queued was waiting for the host.
+# A GPU that is less far behind when the host has queued its work was waiting for the host: of a step, or of the call.
 HOST_BOUND_STEPS = 0.5
+HOST_BOUND_CALL = 0.05
+# Against a stored base a machine's drift counts too: where workers of one side differ by more, nothing is decided. Runs
+# of one commit on one machine were up to 1.4 times apart, by workers of up to 15 %; a GPU-bound case keeps within 2 %.
+STORED_SPREAD = 0.05
 
 Screened = Literal["same", "slower", "faster"]
 
@@ -85,8 +89,8 @@ def host_bound(record: Record) -> bool:
     time = record.time
     if time.gpu_behind_s is None or time.median_s is None:
         return False
-    step = time.step_s or time.median_s / 8
-    return time.gpu_behind_s < HOST_BOUND_STEPS * step
+    least = HOST_BOUND_STEPS * time.step_s if time.step_s else HOST_BOUND_CALL * time.median_s
+    return time.gpu_behind_s < least
 
 
 def time_change(base: Record, head: Record, limit: Mapping[str, Any], again: Again | None = None) -> Change | None:
@@ -134,6 +138,9 @@ def _stored(change: Change, base: Sequence[Record], head: Sequence[Record], limi
         return changed.model_copy(update={"verdict": "ambiguous", "reason": reason})
     if verdict != "ambiguous" and any(map(host_bound, (*base, *head))):
         reason = "the host's CPU decides this time, and drifts: measure the base again (--vram-base-checkout)"
+        return changed.model_copy(update={"verdict": "ambiguous", "reason": reason})
+    if verdict != "ambiguous" and max(map(spread, sides)) > STORED_SPREAD:
+        reason = "the workers of one side differ too much: measure the base again (--vram-base-checkout)"
         return changed.model_copy(update={"verdict": "ambiguous", "reason": reason})
     return changed
 

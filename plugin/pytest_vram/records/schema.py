@@ -82,8 +82,9 @@ class Time(_Part):
     encode + the denoiser's calls at the model's native number of steps × step + decode. So is `at_need_s`, the same
     call as `median_s` under a cap of the need, from the phases of a warm second call of two steps.
 
-    `gpu_behind_s` is how far the GPU was behind the host at most when a phase ended: near 0 the GPU waits for the
-    host's CPU, and a call's time says more of that CPU than of the GPU."""
+    `gpu_behind_s` is how far the GPU was behind the host when that had queued the denoiser's last call (without a
+    denoiser: all of the call). Near 0 the GPU waits for the host's CPU, which then decides the time; else it is about a
+    step, for the driver lets the host run ahead by no more than about a thousand kernels."""
 
     cold_s: Seconds | None = None
     median_s: Seconds | None = None
