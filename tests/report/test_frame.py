@@ -50,6 +50,7 @@ FULL = record(
         "full_length_s": 12.5,
         "full_length_steps": 50,
         "denoiser_calls": 8,
+        "gpu_lag_s": 0.125,
         "rounds_discarded": 1,
     },
     phases={
@@ -160,6 +161,7 @@ def test_every_column_of_a_full_record() -> None:
         "full_length_s": 12.5,
         "full_length_steps": 50,
         "denoiser_calls": 8,
+        "gpu_lag_s": 0.125,
         "rounds": 3,
         "rounds_discarded": 1,
         "load_s": 4.0,

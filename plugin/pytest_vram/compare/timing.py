@@ -22,7 +22,7 @@ QUIET_SPREAD = 0.02
 MORE_WORKERS = 2
 CLOCK_TOLERANCE = 0.02  # two SM clocks that differ by more explain a difference in time
 # A GPU that is less far behind when the host has queued its work was waiting for the host: of a step, or of the call.
-HOST_BOUND_STEPS = 0.5
+HOST_BOUND_STEPS = 0.25
 HOST_BOUND_CALL = 0.05
 # Against a stored base a machine's drift counts too: where workers of one side differ by more, nothing is decided. Runs
 # of one commit on one machine were up to 1.4 times apart, by workers of up to 15 %; a GPU-bound case keeps within 2 %.
@@ -87,10 +87,10 @@ def medians(records: Sequence[Record]) -> list[float]:
 def host_bound(record: Record) -> bool:
     """Whether the host's CPU, and not the GPU, decides how long a call takes; False where that is not known."""
     time = record.time
-    if time.gpu_behind_s is None or time.median_s is None:
+    if time.gpu_lag_s is None or time.median_s is None:
         return False
     least = HOST_BOUND_STEPS * time.step_s if time.step_s else HOST_BOUND_CALL * time.median_s
-    return time.gpu_behind_s < least
+    return time.gpu_lag_s < least
 
 
 def time_change(base: Record, head: Record, limit: Mapping[str, Any], again: Again | None = None) -> Change | None:

@@ -41,7 +41,8 @@ class _Generation:
         self.phase = "load"
         self.peaks: dict[str, int] = {}
         self.marks: list[tuple[str, Any, float]] = []  # phase, the device's mark, the host's clock
-        self.behind: list[float] = []
+        self.last_queued: tuple[str, Any, float] | None = None
+        self.lags: list[float] = []
         self.track_memory = True
         self.found: dict[str, Any] = {}
         self.output: Any = None
@@ -79,7 +80,7 @@ class _Generation:
         self.device.synchronize()
         self.found |= {"load_s": time.perf_counter() - began, "weights_bytes": self.subject.weights(pipe)}
         self.seen = self.subject.watch(pipe)
-        self.phases = self.subject.phases(pipe, self.enter)
+        self.phases = self.subject.phases(pipe, self.enter, self.queued)
         return pipe
 
     def probe(self, pipe: Any) -> None:
@@ -111,7 +112,7 @@ class _Generation:
             self.reporter.send("round", index=index)
         self.found["rounds_wall_s"] = time.perf_counter() - began
         self.found["rounds"] = durations
-        self.found["gpu_behind_s"] = max(0.0, statistics.median(self.behind[-rounds:]))
+        self.found["gpu_lag_s"] = max(0.0, statistics.median(self.lags[-rounds:]))
         self.found["denoiser_calls"] = self.phases.denoiser_calls
         self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe)
         self.found["native_steps"] = self.subject.native_steps
@@ -143,7 +144,7 @@ class _Generation:
 
     def call(self, pipe: Any, steps: int | None = None, keep_output: bool = False) -> dict[str, float]:
         """One call from prompts to pixels: seconds by phase."""
-        self.marks = []
+        self.marks, self.last_queued = [], None
         self.device.synchronize()
         self.phases.begin()
         output = self.subject.call(pipe, self.place, steps)
@@ -155,18 +156,18 @@ class _Generation:
         seconds: dict[str, float] = {}
         for (name, begin, _), (_, end, _) in pairwise(self.marks):  # a phase may come again
             seconds[name] = seconds.get(name, 0.0) + self.device.seconds(begin, end)
-        self.behind.append(self.gpu_behind())
+        self.lags.append(self.gpu_lag())
         return seconds
 
-    def gpu_behind(self) -> float:
-        """Seconds from when the host had queued the denoiser's last call, or all there is, to when the GPU came there.
-
-        The driver lets the host run ahead by about a thousand kernels, one step of most denoisers.
-        """
-        queued = [index + 1 for index, (name, *_) in enumerate(self.marks[:-1]) if name == "denoise"]
-        _, mark, at = self.marks[max(queued, default=-1)]
+    def gpu_lag(self) -> float:
+        """Seconds from when the host had queued the denoiser's last call (or all there is) until the GPU came there."""
+        _, mark, at = self.last_queued or self.marks[-1]
         _, first, began = self.marks[0]
         return self.device.seconds(first, mark) - (at - began)
+
+    def queued(self) -> None:
+        """The denoiser has returned."""
+        self.last_queued = ("queued", self.device.mark(), time.perf_counter())
 
     def mark(self, name: str) -> None:
         self.marks.append((name, self.device.mark(), time.perf_counter()))

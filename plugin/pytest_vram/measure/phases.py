@@ -4,20 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 Enter = Callable[[str], None]
+Queued = Callable[[], None]
 
 
 class Phases:
-    """Calls `enter(name)` when the call begins, at the denoiser's first forward and at the VAE's decode.
+    """Calls `enter(name)` when the call begins, at the denoiser's first forward and at the VAE's decode, and `queued()`
+    whenever the denoiser returns: then the host has queued its kernels, and the GPU may still run them.
 
     The three phases leave no gap: what the pipeline does between them belongs to the one that went before.
     """
 
-    def __init__(self, pipe: Any, denoiser: str, enter: Enter) -> None:
+    def __init__(self, pipe: Any, denoiser: str, enter: Enter, queued: Queued = lambda: None) -> None:
         self._enter = enter
         self.current = "load"
         self.denoiser_calls = 0  # of the call that goes on, or went last
         # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
         getattr(pipe, denoiser).register_forward_pre_hook(lambda *_: self._denoise(), prepend=True)
+        getattr(pipe, denoiser).register_forward_hook(lambda *_: queued())
         decode = pipe.vae.decode
 
         def decoding(*args: Any, **kwargs: Any) -> Any:

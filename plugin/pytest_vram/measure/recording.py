@@ -255,7 +255,7 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
     step = phase["denoise"] / max(1, runs[-1].outcome["denoiser_calls"])
     native_calls = runs[-1].outcome["native_denoiser_calls"]
     images = runs[-1].outcome["images"]
-    behind = [run.outcome["gpu_behind_s"] for run in runs if "gpu_behind_s" in run.outcome]
+    lags = [run.outcome["gpu_lag_s"] for run in runs if "gpu_lag_s" in run.outcome]
     full_length = None if native_calls is None else phase["encode"] + native_calls * step + phase["decode"]
     return Time(
         cold_s=runs[0].outcome["cold_s"],
@@ -265,7 +265,7 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
         full_length_s=full_length,
         full_length_steps=None if full_length is None else runs[-1].outcome["native_steps"],
         denoiser_calls=runs[-1].outcome["denoiser_calls"],
-        gpu_behind_s=statistics.median(behind) if behind and device != "cpu" else None,
+        gpu_lag_s=statistics.median(lags) if lags and device != "cpu" else None,
         workers=workers,
         rounds_discarded=discarded,
     )

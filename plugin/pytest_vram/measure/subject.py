@@ -14,7 +14,7 @@ import torch
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model
 from pytest_vram.measure.channel import Message
-from pytest_vram.measure.phases import Enter, Phases, WholeCall
+from pytest_vram.measure.phases import Enter, Phases, Queued, WholeCall
 from pytest_vram.pipelines.build import (
     call_arguments,
     denoiser_calls,
@@ -42,8 +42,8 @@ class Subject(Protocol):
     def watch(self, pipe: Any) -> dict[str, Seen]:
         """By optimization, what says after the calls whether it took effect."""
 
-    def phases(self, pipe: Any, enter: Enter) -> Phases | WholeCall:
-        """What tells `enter` where a call passes from phase to phase."""
+    def phases(self, pipe: Any, enter: Enter, queued: Queued) -> Phases | WholeCall:
+        """What tells `enter` where a call passes from phase to phase, and `queued` when the denoiser returns."""
 
     def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
         """One call, of as many steps where the subject lets them be chosen."""
@@ -93,8 +93,8 @@ class SweepSubject:
     def watch(self, pipe: Any) -> dict[str, Seen]:
         return {o.name: o.watch(pipe, self.model.denoiser) for o in self.optimizations}
 
-    def phases(self, pipe: Any, enter: Enter) -> Phases | WholeCall:
-        return Phases(pipe, self.model.denoiser, enter)
+    def phases(self, pipe: Any, enter: Enter, queued: Queued) -> Phases | WholeCall:
+        return Phases(pipe, self.model.denoiser, enter, queued)
 
     def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
         case = self.case if steps is None else self.case.model_copy(update={"steps": steps})
@@ -129,11 +129,11 @@ class OwnSubject:
     def watch(self, pipe: Any) -> dict[str, Seen]:
         return {}
 
-    def phases(self, pipe: Any, enter: Enter) -> Phases | WholeCall:
+    def phases(self, pipe: Any, enter: Enter, queued: Queued) -> Phases | WholeCall:
         for denoiser in ("transformer", "unet"):
             has_decoder = callable(getattr(getattr(pipe, "vae", None), "decode", None))
             if has_decoder and isinstance(getattr(pipe, denoiser, None), torch.nn.Module):
-                return Phases(pipe, denoiser, enter)
+                return Phases(pipe, denoiser, enter, queued)
         return WholeCall(enter)
 
     def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:

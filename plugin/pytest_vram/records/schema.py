@@ -82,9 +82,8 @@ class Time(_Part):
     encode + the denoiser's calls at the model's native number of steps × step + decode. So is `at_need_s`, the same
     call as `median_s` under a cap of the need, from the phases of a warm second call of two steps.
 
-    `gpu_behind_s` is how far the GPU was behind the host when that had queued the denoiser's last call (without a
-    denoiser: all of the call). Near 0 the GPU waits for the host's CPU, which then decides the time; else it is about a
-    step, for the driver lets the host run ahead by no more than about a thousand kernels."""
+    `gpu_lag_s` is how far the GPU was behind the host when that had queued the denoiser's last call (without a
+    denoiser: all of the call). Near 0 the GPU waits for the host's CPU, which then decides the time."""
 
     cold_s: Seconds | None = None
     median_s: Seconds | None = None
@@ -94,7 +93,7 @@ class Time(_Part):
     full_length_s: Seconds | None = None
     full_length_steps: Count | None = None
     denoiser_calls: Count | None = None
-    gpu_behind_s: float | None = Field(default=None, ge=0, lt=1e7)
+    gpu_lag_s: float | None = Field(default=None, ge=0, lt=1e7)
     workers: list[WorkerTime] = []
     rounds_discarded: Count = 0
 

@@ -69,7 +69,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "full_length_s": (REAL, "seconds of a call with the model's native number of steps, calculated"),
     "full_length_steps": (WHOLE, "that number of steps"),
     "denoiser_calls": (WHOLE, "calls of the denoiser in one call of the pipeline"),
-    "gpu_behind_s": (REAL, "seconds by which the GPU was behind the host; near 0 the host's CPU decides the time"),
+    "gpu_lag_s": (REAL, "seconds by which the GPU was behind the host; near 0 the host's CPU decides the time"),
     "rounds": (WHOLE, "timed calls that count"),
     "rounds_discarded": (WHOLE, "timed calls thrown away, because the GPU throttled"),
     **{f"{phase}_s": (REAL, f"seconds of the phase {phase}") for phase in PHASES},
@@ -146,7 +146,7 @@ def _row(record: Record) -> dict[str, Any]:
     row: dict[str, Any] = {
         **{name: value for name, value in case.model_dump().items() if name in COLUMNS},
         **{name: getattr(memory, name) for name in Memory.model_fields},
-        **{name: getattr(time, name) for name in (*_TIME, "denoiser_calls", "gpu_behind_s")},
+        **{name: getattr(time, name) for name in (*_TIME, "denoiser_calls", "gpu_lag_s")},
         "optimizations": "+".join(case.optimizations),
         "id": record.id,
         "method": record.method,
