@@ -49,6 +49,7 @@ def repository(folder: Path) -> Path:
     shutil.copy(HERE / "app.py", folder)
     shutil.copy(HERE / "app_tests.py", folder / "test_app.py")  # named so that `pytest bench` does not run them here
     (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    (folder / "conftest.py").write_text('pytest_plugins = ["pytest_vram.plugin"]\n', encoding="utf-8")
     (folder / ".gitignore").write_text("results/\n__pycache__/\n", encoding="utf-8")
     git(folder, "init", "-q")
     git(folder, "add", ".")
