@@ -92,7 +92,6 @@ def test_the_exit_code(base: Any, head: Any, code: int, strict: int, compare: Co
         assert compare("base.json", "head.json", "--format", form, "--strict")[0] == strict
 
 
-@pytest.mark.xfail(strict=True, reason="defect: where no case could be compared at all, nothing is said to be worse")
 def test_runs_of_which_no_case_is_comparable(compare: Compare) -> None:
     a_file("base.json", record(), record(id="b4"))
     a_file("head.json", *(record(id=one.id, case={"steps": 4}) for one in (record(), record(id="b4"))))
@@ -323,7 +322,6 @@ def test_a_run_that_is_not_there_is_one_line(name: str, compare: Compare) -> Non
     line(compare("base.json", name))
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="defect: a name that no file can have ends in a traceback")
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000], ids=len)
 def test_a_name_that_no_file_can_have_is_one_line(name: str, compare: Compare) -> None:
     a_file("base.json")
@@ -347,7 +345,6 @@ def test_a_wrong_use_of_the_command(arguments: list[str], compare: Compare) -> N
     assert compare(*arguments)[0] == 2
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a run file may hold longer text than a comparison may: traceback")
 def test_long_text_in_a_run_file_is_no_accident(compare: Compare) -> None:
     a_file("base.json", environment={"commit": "a" * 30_000})
     a_file("head.json", failed("error", failure={"message": "x" * 20_000}))

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_vram.cases.case import AnyCase
 from pytest_vram.cases.thresholds import Limits, Thresholds, read_project
 from pytest_vram.compare.comparing import check_comparable, compare, compare_case, flagged
 from pytest_vram.compare.comparison import CaseComparison, Comparison, comparison_json
 from pytest_vram.compare.finding import Like, find_run
+from pytest_vram.compare.keys import identity_difference
 from pytest_vram.compare.timing import MORE_WORKERS, WORKERS, Again, medians, wants_more
 from pytest_vram.errors import NotComparable, UsageError, VramError
 from pytest_vram.measure.again import Checkout, NotMeasured, other_checkout, this_checkout
@@ -53,12 +55,25 @@ class Base:
             commit = self.run.run.environment.get("commit")
             self.checkout = other_checkout(options.checkout, root, commit if isinstance(commit, str) else None)
 
-    def check_cases(self, ids: Set[str]) -> None:
-        """Raises UsageError where the base has none of these cases."""
-        if not ids & {record.id for record in self.run.records}:
+    def check_cases(self, ids: Set[str], cases: Mapping[str, AnyCase]) -> None:
+        """Raises UsageError where the base has none of these, or none like them; `cases` are those known so far."""
+        common = [record for record in self.run.records if record.id in ids]
+        if not common:
             raise UsageError(
                 f"--vram-compare: {self.run.path} has none of these cases, such as {min(ids, default='none')}; "
                 f"give a base of the same sweep and of the same rootdir ({self.root})"
+            )
+        others = [
+            (record.id, identity_difference(record.case, cases[record.id], self.options.across))
+            for record in common
+            if record.id in cases
+        ]
+        if len(others) == len(common) and all(difference for _, difference in others):
+            name, key = others[0]
+            assert key
+            raise UsageError(
+                f"--vram-compare: {self.run.path} has no case like these: {name}: {key.key} is {key.base} there, "
+                f"{key.head} here; give the same options, or --vram-across {key.key}"
             )
 
     def so_far(self, record: Record) -> CaseComparison | None:

@@ -233,7 +233,7 @@ class SweepSession:
             options={
                 "device": options.device,
                 "tests": list(options.tests),
-                "overrides": {name: value for name, value in vars(overrides).items() if value is not None},
+                "overrides": {k: v if isinstance(v, int) else list(v) for k, v in vars(overrides).items() if v},
                 "deselected": self._deselected,
                 "workers": options.settings.workers,
                 "rounds": options.settings.rounds,
@@ -247,7 +247,7 @@ class SweepSession:
             return
         self.say("the base")
         self.base = Base(options.base, self._described(facts), options.results, self.root, self._thresholds)
-        self.base.check_cases(self.expected)
+        self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned})
 
     def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
         """The newest unfinished run of this folder, and its records that need not be made again."""

@@ -177,11 +177,8 @@ def short(value: Any) -> str:
         ({"base": None}, "base"),
         ({"head": {}}, "head.name"),
         ({"sweep": 3}, "sweep"),
-        ({"sweep": "x" * 20_001}, "sweep"),
         ({"strict": 3}, "strict"),
         ({"notes": "a"}, "notes"),
-        ({"notes": ["x" * 20_001]}, "notes.0"),
-        ({"notes": ["\ud800"]}, "notes.0"),
         ({"across": [{"key": "torch"}]}, "across.0.base"),
         ({"remarks": [{"key": "torch", "base": 1, "head": "2"}]}, "remarks.0.base"),
         ({"cases": None}, "cases"),
@@ -192,8 +189,6 @@ def short(value: Any) -> str:
         ({"cases": [{"id": "a", "verdict": ["worse"]}]}, "cases.0.verdict"),
         ({"cases": [{"id": "a", "verdict": "<b>\x1b[31m@all"}]}, "cases.0.verdict"),
         ({"cases": [{"id": 1, "verdict": "worse"}]}, "cases.0.id"),
-        ({"cases": [{"id": "x" * 20_001, "verdict": "worse"}]}, "cases.0.id"),
-        ({"cases": [{"id": "\ud800", "verdict": "worse"}]}, "cases.0.id"),
         ({"cases": [{"id": "a", "verdict": "worse", "reason": None}]}, "cases.0.reason"),
         ({"cases": [{"id": "a", "verdict": "worse", "changes": {}}]}, "cases.0.changes"),
     ],
@@ -230,3 +225,10 @@ def test_workers_that_are_none_are_one_line(value: Any, tmp_path: Path) -> None:
 def test_a_difference_of_values_of_any_type(value: Any, expected: str) -> None:
     found = Difference.of("key", value, 1)
     assert (found.key, found.base, found.head) == ("key", expected, "1")
+
+
+def test_text_that_is_long_or_half_a_character_is_cut(tmp_path: Path) -> None:
+    cases = [{"id": "x" * 20_001, "verdict": "worse", "reason": "\ud800"}]
+    found = read_comparison(put(tmp_path / "a.json", document(cases=cases, notes=["y" * 20_001])))
+    assert (len(found.cases[0].id), len(found.notes[0])) == (2_000, 2_000)
+    assert found.cases[0].reason == "?"

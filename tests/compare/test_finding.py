@@ -203,7 +203,6 @@ def test_a_folder_with_no_such_run_is_one_line(like: Like | None, words: list[st
     assert all(word in line for word in ("empty", "no finished run", *words))
 
 
-@pytest.mark.xfail(strict=True, reason="defect: runs are ordered by their files' names, whatever these are")
 def test_the_newest_run_is_the_newest_whatever_its_file_is_called(tmp_path: Path) -> None:
     for name, day in (("main.json", 1), ("20261120T000000Z_a_0000.json", 20)):
         put(tmp_path / name, facts(), environment={"gpu": GPU, "started": f"2026-11-{day:02}T00:00:00+00:00"})
@@ -333,18 +332,15 @@ def test_a_tag_that_looks_like_an_option_is_a_tag(repository: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a/" * 3000], ids=["a long name", "a longer one", "a path"])
-@pytest.mark.xfail(strict=True, raises=OSError, reason="defect: a name that no file can have ends in a traceback")
 def test_a_name_that_no_file_can_have_is_one_line(name: str, tmp_path: Path) -> None:
     assert refusal(name, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: no name at all is the folder in which one stands")
 def test_no_name_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_file(tmp_path, 1)
     monkeypatch.chdir(tmp_path)
     assert refusal("", tmp_path / "results")
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the name is not made one line")
 def test_a_name_of_several_lines_is_told_in_one(tmp_path: Path) -> None:
     assert refusal("a\nb", tmp_path)

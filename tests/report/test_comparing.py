@@ -105,7 +105,7 @@ def test_the_title_names_both_sides_and_what_else_differs() -> None:
     assert all(part in said["head"] for part in ("no commit", "new.json"))
     assert all(part in said["ACROSS"] for part in ("torch", "2.11.0", "2.13.0"))
     assert all(part in said["also"] for part in ("diffusers", "0.40", "0.42"))
-    assert found[-1] == "something else"
+    assert found[-1] == "note: something else"
     assert len(title(a_comparison())) == 2
 
 
@@ -238,7 +238,7 @@ def test_failing_rows_are_shown_and_of_others_the_first(word: Word, more: int) -
 
 def test_each_verdict_has_its_own_rows() -> None:
     found = a_comparison(*(case(word, f"{word}{n}", change(word)) for word in ORDER for n in range(25)))
-    counted = Counter(row[0] for row in cells(found))
+    counted = Counter(row[0] for row in cells(found) if "more" not in row[1])
     assert counted == {
         "worse": 25,
         "vanished": 25,
@@ -259,17 +259,15 @@ def test_what_does_not_fail_is_folded_in_markdown() -> None:
     assert summary.removesuffix(", same") == "ambiguous, not comparable, new, better"
     some = as_markdown(a_comparison(case("worse"), case("new")))
     assert "<summary>new</summary>" in some
-    assert ["", "5 more new", *[""] * 5] in markdown_tables(as_markdown(a_comparison(*[case("new")] * 25)))[0]
+    assert ["new", "5 more rows", *[""] * 5] in markdown_tables(as_markdown(a_comparison(*[case("new")] * 25)))[0]
     assert "<details>" not in as_markdown(a_comparison(case("worse"), case("same")))
 
 
-@pytest.mark.xfail(strict=True, reason="defect: how many failing rows are not shown is folded away, with no summary")
 def test_how_many_failing_rows_are_not_shown_is_not_folded() -> None:
     text = as_markdown(a_comparison(*(case("worse", f"case{n:04}") for n in range(FAILING_ROWS + 7))))
-    assert "7 more worse" in text.split("<details>")[0]
+    assert "| worse | `7 more rows` |" in text.split("<details>")[0]
 
 
-@pytest.mark.xfail(strict=True, reason="defect: what fails a strict comparison is folded, and all but 20 rows cut")
 def test_ambiguous_rows_that_fail_are_shown() -> None:
     found = a_comparison(*(case("ambiguous", f"case{n:04}") for n in range(25)), strict=True)
     assert found.failed
@@ -433,7 +431,7 @@ def test_hostile_names_stay_text_in_markdown(kind: str) -> None:
     expected_shape, expected = blocks(as_markdown(hostile(PLAIN)))
     assert shape == expected_shape
     squeezed, start = ("".join(printable(part).split()) for part in (text, text[:2]))
-    for line, plain in zip(shown, expected, strict=True):
+    for line, plain in zip((line.replace("\u200b", "") for line in shown), expected, strict=True):
         if plain.startswith(("head:", "base:")):
             assert line.count(squeezed) >= 3, "commit, GPU and file"
             assert start in line
@@ -484,7 +482,6 @@ def test_text_that_would_begin_a_block_stays_text(text: str, place: str) -> None
     assert blocks(as_markdown(made(text)))[0] == blocks(as_markdown(made(PLAIN)))[0]
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a note of a saved comparison begins a heading, a list, a rule")
 @pytest.mark.parametrize("text", ["# heading", "- item", "+ item", "1. one", "1) one", "---"])
 def test_a_note_that_would_begin_a_block_stays_text(text: str) -> None:
     found = blocks(as_markdown(a_comparison(case("worse"), notes=[text])))
@@ -500,7 +497,6 @@ PLACES = ("id", "reason", "note", "side", "key", "metric")
 REFERENCES = ("@octocat", "see @org/team", "#123", "org/repo#123", "(GH-123)", "a@example.com")
 
 
-@pytest.mark.xfail(strict=True, reason="defect: who writes a comparison can make the bot mention people and teams")
 @pytest.mark.parametrize(
     ("place", "text"),
     [(place, text) for place in PLACES for text in REFERENCES if (place, text) != ("metric", "a@example.com")],

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pytest_vram.cases.case import parse_bytes
 from pytest_vram.errors import UsageError, first_problem
 
-Share = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, gt=0, le=100, allow_inf_nan=False)]
 
 
 def _size(value: Any) -> int:
@@ -23,7 +23,7 @@ def _size(value: Any) -> int:
         raise ValueError(str(error).removeprefix(": ")) from error
 
 
-Size = Annotated[int, BeforeValidator(_size)]
+Size = Annotated[int, BeforeValidator(_size), Field(lt=1 << 50)]
 
 
 class _Table(BaseModel):
@@ -62,7 +62,9 @@ class Only(_Limits):
     def concerns(self, model: str, id: str) -> bool:
         """Whether a case is one of them."""
         by_model = self.models is None or model in self.models
-        return by_model and (self.ids is None or any(fnmatchcase(id, pattern) for pattern in self.ids))
+        return by_model and (
+            self.ids is None or any(fnmatchcase(id, pattern.replace("[", "[[]")) for pattern in self.ids)
+        )
 
 
 class Thresholds(_Limits):

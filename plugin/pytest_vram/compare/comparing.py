@@ -13,6 +13,7 @@ they follow the pool's history, or from the need.
 **Time** is timing.py's. A record whose figures cannot be true is worse in the head, and not comparable in the base.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -74,18 +75,18 @@ def compare(
         else:
             cases.append(CaseComparison(id=record.id, verdict="new"))
     for name, problem in unreadable[head].items():
-        if name in before:
-            cases.append(CaseComparison(id=name, verdict="worse", reason=f"impossible figures: {problem}"))
-        else:
-            cases.append(CaseComparison(id=name, verdict="new", reason=f"impossible figures: {problem}"))
-    missing = [name for name in before if name not in now and name not in unreadable[head]]
+        cases.append(CaseComparison(id=name, verdict="worse", reason=f"impossible figures: {problem}"))
+    missing = [name for name in (*before, *unreadable[base]) if name not in now and name not in unreadable[head]]
     left_out = set(_left_out(base, head, missing))
     for name in missing:
         if name not in left_out:
             why = "" if head.run.complete else "the head's run is not complete"
             cases.append(CaseComparison(id=name, verdict="vanished", reason=why))
-    if not any(case.verdict not in ("new", "vanished") for case in cases):
+    common = [case for case in cases if case.verdict not in ("new", "vanished")]
+    if not common:
         raise NotComparable(f"{base.path}: has no case of {head.path}; give a base of the same sweep and options")
+    if all(case.verdict == "not comparable" for case in common):
+        raise NotComparable(f"{base.path}: no case is comparable with {head.path}: {common[0].id}: {common[0].reason}")
     return Comparison(
         base=_side(base),
         head=_side(head),
@@ -185,19 +186,26 @@ def _lifted(base: Record, head: Record, across: Collection[str]) -> dict[str, Di
     found: dict[str, Difference] = {}
     for key in across:
         others = set(across) - {key}
-        if (difference := case_difference(base, head, others)) is not None:
-            found[difference.key] = difference
+        difference = case_difference(base, head, others)
+        if difference is not None and difference.key == key:
+            found[key] = difference
     return found
 
 
 def _left_out(base: ReadRun, head: ReadRun, missing: list[str]) -> list[str]:
     """Which of the base's cases the head did not ask for: they have not vanished."""
-    asked = [(run.run.sweep, run.run.options.get("tests"), run.run.options.get("overrides")) for run in (base, head)]
-    if asked[0] != asked[1]:
+    if base.run.sweep != head.run.sweep or any(
+        _as_written(base.run.options.get(key)) != _as_written(head.run.options.get(key))
+        for key in ("tests", "overrides")
+    ):
         return missing
     deselected = head.run.options.get("deselected")
-    names = set(deselected) if isinstance(deselected, list) and all(isinstance(n, str) for n in deselected) else set()
-    return [name for name in missing if name in names]
+    return [name for name in missing if isinstance(deselected, list) and name in deselected]
+
+
+def _as_written(value: Any) -> str:
+    """A value as a file has it: a session's may be tuples."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _notes(base: ReadRun, head: ReadRun, cases: list[CaseComparison], left_out: set[str]) -> Iterator[str]:

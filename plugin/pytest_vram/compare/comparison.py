@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pytest_vram.errors import NotOurs, RunFileError, first_problem
 from pytest_vram.records.files import read_json
@@ -15,7 +15,15 @@ ORDER: tuple[Word, ...] = ("worse", "vanished", "ambiguous", "not comparable", "
 FAILS: frozenset[Word] = frozenset({"worse", "vanished"})
 
 SHOWN = 200  # letters of a value in a title
-Line = Annotated[str, Field(max_length=20_000)]
+LONGEST = 2_000  # letters of any other text
+
+
+def _cut(value: Any) -> Any:
+    """Text of strangers that every file and terminal can hold."""
+    return value[:LONGEST].encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+Line = Annotated[str, BeforeValidator(_cut)]
 Figure = Annotated[float, Field(allow_inf_nan=False, gt=-1e18, lt=1e18)]
 
 
@@ -98,10 +106,14 @@ class Comparison(_Part):
         return Counter(case.verdict for case in self.cases)
 
     @property
+    def fails(self) -> frozenset[Word]:
+        """The verdicts that stop a merge."""
+        return FAILS | {"ambiguous"} if self.strict else FAILS
+
+    @property
     def failed(self) -> bool:
         """Whether a merge should be stopped."""
-        counts = self.counts()
-        return any(counts[word] for word in FAILS) or (self.strict and counts["ambiguous"] > 0)
+        return any(self.counts()[word] for word in self.fails)
 
     def sorted(self) -> list[CaseComparison]:
         """The cases, worst first; those of one verdict as the head ran them."""

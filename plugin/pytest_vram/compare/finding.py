@@ -1,15 +1,16 @@
 """The run that a person means: a file, or the newest finished one of a folder, of a commit, or of all (`latest`)."""
 
+import contextlib
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_vram.errors import NotOurs, RunFileError
+from pytest_vram.errors import RunFileError
 from pytest_vram.records.files import Refused, read_journal, read_run
-from pytest_vram.records.reading import ReadRun
+from pytest_vram.records.reading import ReadRun, age
 
 LATEST = "latest"
 _COMMIT = re.compile(r"[0-9a-f]{4,40}")
@@ -49,25 +50,26 @@ def find_run(name: str, results: Path, root: Path, like: Like | None = None) -> 
     Raises:
         RunFileError: naming the file that cannot be read, or saying where there is no such run.
     """
-    path = Path(name)
-    if path.is_file():
+    path, said = Path(name), " ".join(name.split())
+    try:
+        is_file, is_dir = path.is_file(), bool(name) and path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        is_file = is_dir = False
+    if is_file:
         return read_one(path)
-    if path.is_dir():
-        found = next(_candidates(path, like), None)
-        where = f"{path}: has"
+    if is_dir:
+        found, where = _candidates(path, like), f"{path}: has"
     elif name == LATEST:
-        found = next(_candidates(results, like), None)
-        where = f"{LATEST}: {results} has"
+        found, where = _candidates(results, like), f"{LATEST}: {results} has"
     elif commit := _commit(name, root):
-        named = (run for run in _candidates(results, like) if _is_of(run, commit))
-        found = next(named, None)
-        where = f"{name}: {results} has, of the commit {commit[:12]},"
+        found = [run for run in _candidates(results, like) if _is_of(run, commit)]
+        where = f"{said}: {results} has, of the commit {commit[:12]},"
     else:
-        raise RunFileError(f"{name}: is no file, no folder, no commit, and not {LATEST!r}")
-    if found is None:
+        raise RunFileError(f"{said or 'a name of no letters'}: is no file, no folder, no commit, and not {LATEST!r}")
+    if not found:
         kind = f" {like}" if like else ""
         raise RunFileError(f"{where} no finished run{kind}; make one, or name another base")
-    return found
+    return max(found, key=age)
 
 
 def read_one(path: Path) -> ReadRun:
@@ -77,17 +79,16 @@ def read_one(path: Path) -> ReadRun:
     return ReadRun(path, read(path, refused), tuple(refused))
 
 
-def _candidates(folder: Path, like: Like | None) -> Iterator[ReadRun]:
-    """Finished runs of a folder and the folders in it, the newest first. A broken file is passed over: it is not the
-    finished run that was asked for."""
-    files = (file for form in ("*.json", "*/*.json") for file in folder.glob(form) if file.is_file())
-    for file in sorted(files, key=lambda file: file.name, reverse=True):  # names begin with the time
-        try:
+def _candidates(folder: Path, like: Like | None) -> list[ReadRun]:
+    """Finished runs of a folder and the folders in it. A broken file is passed over: it is not the finished run that
+    was asked for."""
+    found = []
+    for file in (file for form in ("*.json", "*/*.json") for file in folder.glob(form) if file.is_file()):
+        with contextlib.suppress(RunFileError):
             run = read_one(file)
-        except (NotOurs, RunFileError):
-            continue
-        if run.run.complete and (like is None or like.admits(run)):
-            yield run
+            if run.run.complete and (like is None or like.admits(run)):
+                found.append(run)
+    return found
 
 
 def _commit(name: str, root: Path) -> str | None:

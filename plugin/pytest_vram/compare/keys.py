@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from pytest_vram.cases.case import Case, OwnCase
+from pytest_vram.cases.case import AnyCase, Case, OwnCase
 from pytest_vram.compare.comparison import Difference
 from pytest_vram.errors import UsageError, unknown
 from pytest_vram.records.schema import Record, Run
@@ -27,6 +27,7 @@ REMARKED = (
 )
 METHOD = "method"
 CASE = tuple(Case.model_fields)
+_IN_THE_ID = ("model", "optimizations", "height", "width", "frames", "batch_size", "limit_bytes")
 
 
 def known_key(text: str, option: str) -> str:
@@ -35,7 +36,7 @@ def known_key(text: str, option: str) -> str:
     Raises:
         UsageError: with the nearest one.
     """
-    keys = (*HARD, METHOD, *CASE)
+    keys = (*HARD, METHOD, *(key for key in CASE if key not in _IN_THE_ID))
     if text not in keys:
         raise UsageError(f"{option}: {unknown('key', text, keys)}")
     return text
@@ -69,12 +70,17 @@ def _differences(keys: Iterable[str], base: Mapping[str, Any], head: Mapping[str
 
 
 def case_difference(base: Record, head: Record, across: Collection[str]) -> Difference | None:
-    """Why two records of one id are not comparable, or None. Of a test's own pipeline the test is the identity: its
-    functions may be renamed."""
+    """Why two records of one id are not comparable, or None."""
     if base.method != head.method and METHOD not in across:
         return Difference.of(METHOD, base.method, head.method)
-    if isinstance(base.case, OwnCase) or isinstance(head.case, OwnCase):
-        same = type(base.case) is type(head.case)
-        return None if same else Difference.of("case", "a sweep's", "a test's own")
-    ours, theirs = base.case.model_dump(), head.case.model_dump()
-    return next((d for d in _differences(CASE, ours, theirs) if d.key not in across), None)
+    return identity_difference(base.case, head.case, across)
+
+
+def identity_difference(base: AnyCase, head: AnyCase, across: Collection[str]) -> Difference | None:
+    """The same of two cases. Of a test's own pipeline the test is the identity: its functions may be renamed."""
+    kinds = ["a test's own" if isinstance(case, OwnCase) else "a sweep's" for case in (base, head)]
+    if kinds[0] != kinds[1]:
+        return Difference.of("case", *kinds)
+    if isinstance(base, OwnCase):
+        return None
+    return next((d for d in _differences(CASE, base.model_dump(), head.model_dump()) if d.key not in across), None)

@@ -42,7 +42,7 @@ class Checkout:
         command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={self.root}"]
         command += [f"--vram-results={results}", *options, *node_ids]
         environ = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        environ |= {"PYTHONPATH": self.python_path, "CI": "true"}
+        environ |= {"PYTHONPATH": self.python_path}
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             try:
                 process = subprocess.Popen(
@@ -84,7 +84,8 @@ def _last_line(output: str) -> str:
 
 def this_checkout(root: Path) -> Checkout:
     """The working copy that is measured now."""
-    return Checkout(root, sys.executable, os.pathsep.join(_paths(_top(root))))
+    top = _top(root)
+    return Checkout(root, sys.executable, _python_path(top, top, _relative_paths(top)))
 
 
 def other_checkout(folder: Path, root: Path, commit: str | None) -> Checkout:
@@ -111,8 +112,8 @@ def other_checkout(folder: Path, root: Path, commit: str | None) -> Checkout:
         raise UsageError(f"{option}: {folder} has changes that are not committed; check {commit or 'it'} out anew")
     own = folder / ".venv" / "bin" / "python"
     if own.exists():
-        return Checkout(base, str(own), "")
-    return Checkout(base, sys.executable, os.pathsep.join(str(folder / path) for path in _relative_paths(top)))
+        return Checkout(base, str(own), _python_path(top, folder, []))
+    return Checkout(base, sys.executable, _python_path(top, folder, _relative_paths(top)))
 
 
 def _top(root: Path) -> Path:
@@ -132,5 +133,8 @@ def _relative_paths(top: Path) -> list[Path]:
     return [path.relative_to(top) for path in dict.fromkeys(inside)]
 
 
-def _paths(top: Path) -> list[str]:
-    return [str(top / path) for path in _relative_paths(top)]
+def _python_path(top: Path, folder: Path, first: Sequence[Path]) -> str:
+    """PYTHONPATH for `folder`: the paths `first` in it, then what the variable has now, moved there from `top`."""
+    given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    moved = [folder / entry.relative_to(top) if entry.is_relative_to(top) else entry for entry in given]
+    return os.pathsep.join(dict.fromkeys(str(path) for path in (*(folder / path for path in first), *moved)))

@@ -80,8 +80,12 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[ReadRun], list[str]]:
     if not runs:
         where = ", ".join(str(path) for path in paths)
         raise RunFileError(f"{where}: no run file here; pytest bench --gpu writes one, pytest bench an estimate")
-    beginning = datetime.min.replace(tzinfo=UTC)
-    return sorted(runs, key=lambda run: (run.started or beginning, run.path.name)), notes
+    return sorted(runs, key=age), notes
+
+
+def age(run: ReadRun) -> tuple[datetime, str]:
+    """What sorts runs, oldest first."""
+    return run.started or datetime.min.replace(tzinfo=UTC), run.path.name
 
 
 def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:

@@ -1,5 +1,6 @@
 """A comparison as people read it: a table in the terminal, Markdown for a pull request. Names come from strangers."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from io import StringIO
@@ -9,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pytest_vram.compare.comparison import FAILS, ORDER, CaseComparison, Change, Comparison, Difference, Side, Word
+from pytest_vram.compare.comparison import ORDER, CaseComparison, Change, Comparison, Difference, Side, Word
 from pytest_vram.report.text import code, gib, markdown, printable, seconds, signed
 
 WIDTH = 100
 MOST_ROWS = 20  # of the verdicts that stop nothing
 FAILING_ROWS = 200
+_MENTION = re.compile(
+    r"([@#]|\bGH(?=-\d))", re.IGNORECASE
+)  # GitHub tells people and issues of them; no backslash helps
 MARKER = "<!-- pytest-vram comparison -->"  # by which a comment is found again
 
 _METRICS = {
@@ -44,7 +48,7 @@ def title(comparison: Comparison) -> list[str]:
         lines.append(f"ACROSS {_differences(comparison.across)}: the difference may not be the commit's")
     if comparison.remarks:
         lines.append(f"also other: {_differences(comparison.remarks)}")
-    return [printable(line) for line in (*lines, *comparison.notes)]
+    return [printable(line) for line in (*lines, *(f"note: {note}" for note in comparison.notes))]
 
 
 def _side(side: Side) -> str:
@@ -56,13 +60,13 @@ def _differences(differences: list[Difference]) -> str:
     return ", ".join(f"{d.key} {d.base} → {d.head}" for d in differences)
 
 
-def rows(comparison: Comparison, footnotes: list[str]) -> Iterator[Row | str]:
-    """The table's rows, worst first; a line of text where some are not shown. A reason that several rows have goes into
-    `footnotes`, and the rows have its number."""
+def rows(comparison: Comparison, footnotes: list[str]) -> Iterator[Row]:
+    """The table's rows, worst first, and of each verdict a last one that says how many are not shown. A reason that
+    several rows have goes into `footnotes`, and the rows have its number."""
     found = list(_all_rows(comparison))
-    often = Counter(row[-1] for row in found if not isinstance(row, str) and row[-1])
+    often = Counter(row[-1] for row in found if row[-1])
     for row in found:
-        if isinstance(row, str) or often[row[-1]] < 2:
+        if often[row[-1]] < 2:
             yield row
             continue
         if row[-1] not in footnotes:
@@ -70,16 +74,20 @@ def rows(comparison: Comparison, footnotes: list[str]) -> Iterator[Row | str]:
         yield (*row[:-1], f"({footnotes.index(row[-1]) + 1})")
 
 
-def _all_rows(comparison: Comparison) -> Iterator[Row | str]:
-    cases = comparison.sorted()
+def _all_rows(comparison: Comparison) -> Iterator[Row]:
     for word in ORDER:
-        if word == "same":
-            continue
-        found = [row for case in cases if case.verdict == word for row in _rows(case)]
-        most = FAILING_ROWS if word in FAILS else MOST_ROWS
+        cases = [case for case in comparison.cases if case.verdict == word != "same"]
+        found = [row for case in sorted(cases, key=_grown, reverse=True) for row in _rows(case)]
+        most = FAILING_ROWS if word in comparison.fails else MOST_ROWS
         yield from found[:most]
         if len(found) > most:
-            yield f"{len(found) - most} more {word}"
+            yield word, f"{len(found) - most} more rows", "", "", "", "", ""
+
+
+def _grown(case: CaseComparison) -> float:
+    """By how much the metric that decides has grown, as a ratio."""
+    ratios = [c.head / c.base for c in case.changes if c.verdict == case.verdict and c.base and c.head]
+    return max(ratios, default=0.0)
 
 
 def _rows(case: CaseComparison) -> Iterator[Row]:
@@ -141,9 +149,6 @@ def table(comparison: Comparison) -> str:
     found = list(rows(comparison, footnotes))
     before = ""
     for row in found:
-        if isinstance(row, str):
-            shown.add_row("", Text(row))
-            continue
         *cells, why = row
         named = "" if cells[1] == before else cells[1]
         before = cells[1]
@@ -160,23 +165,31 @@ def table(comparison: Comparison) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
+def _quiet(text: str) -> str:
+    """Markdown that mentions nobody: a space of no width stands behind the sign."""
+    return _MENTION.sub("\\1\N{ZERO WIDTH SPACE}", markdown(text))
+
+
+def _name(text: str) -> str:
+    """An id in a code span, if it can stand in one."""
+    return span if (span := code(text)).startswith("`") else _quiet(text)
+
+
 def as_markdown(comparison: Comparison) -> str:
     """For a pull request's comment and `$GITHUB_STEP_SUMMARY`. Everything in it is escaped."""
     lines = [MARKER, f"### VRAM: {'worse' if comparison.failed else 'nothing worse'}: {verdict_line(comparison)}", ""]
-    lines += [f"- {markdown(line)}" for line in title(comparison)]
+    lines += [f"- {_quiet(line)}" for line in title(comparison)]
     footnotes: list[str] = []
     found = list(rows(comparison, footnotes))
     for folded in (False, True):
-        part = [row for row in found if (isinstance(row, str) or row[0] not in FAILS) == folded]
+        part = [row for row in found if (row[0] not in comparison.fails) == folded]
         if not part:
             continue
         block = ["", "| verdict | case | what | base | head | change | why |", "|---|---|---|--:|--:|--:|---|"]
-        for row in part:
-            cells = ["", markdown(row)] if isinstance(row, str) else [row[0], code(row[1]), *map(markdown, row[2:])]
-            block.append(f"| {' | '.join([*cells, *[''] * (7 - len(cells))])} |")
+        block += [f"| {' | '.join([row[0], _name(row[1]), *map(_quiet, row[2:])])} |" for row in part]
         if folded:
-            others = ", ".join(word for word in ORDER if word not in FAILS and comparison.counts()[word])
+            others = ", ".join(dict.fromkeys(row[0] for row in part))
             block = ["", "<details>", f"<summary>{others}</summary>", *block, "", "</details>"]
         lines += block
-    lines += ["", *(f"({number}) {markdown(note)}  " for number, note in enumerate(footnotes, 1))] if footnotes else []
+    lines += ["", *(f"({number}) {_quiet(note)}  " for number, note in enumerate(footnotes, 1))] if footnotes else []
     return "\n".join(lines) + "\n"
