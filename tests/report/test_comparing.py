@@ -259,7 +259,7 @@ def test_what_does_not_fail_is_folded_in_markdown() -> None:
     assert summary.removesuffix(", same") == "ambiguous, not comparable, new, better"
     some = as_markdown(a_comparison(case("worse"), case("new")))
     assert "<summary>new</summary>" in some
-    assert ["new", "5 more rows", *[""] * 5] in markdown_tables(as_markdown(a_comparison(*[case("new")] * 25)))[0]
+    assert ["new", "`5 more rows`", *[""] * 5] in markdown_tables(as_markdown(a_comparison(*[case("new")] * 25)))[0]
     assert "<details>" not in as_markdown(a_comparison(case("worse"), case("same")))
 
 
