@@ -1,6 +1,6 @@
 """Regressions put into an application on purpose, and what `pytest --vram-compare` says of each. Needs a GPU.
 
-python bench/regressions/inject.py {all,time} --output results/GPU/checks/NAME.json
+python bench/regressions/inject.py {all,time} --output results/GPU/regressions/NAME.json
 
 A scratch repository gets this folder's application; its first commit is the base, measured with three workers a case.
 `all`: one commit has a regression of memory in each of five tests and calls that take 10 % longer in a sixth; the base

@@ -261,13 +261,13 @@ STEP, CALL = HOST_BOUND_STEPS * 0.2, HOST_BOUND_CALL * 2.0  # of `STEPS`, and of
         ({"gpu_lag_s": STEP - 1e-4, **STEPS}, True),
         ({"gpu_lag_s": STEP, **STEPS}, False),
         ({"gpu_lag_s": 0.0, **STEPS}, True),
-        ({"gpu_lag_s": None, **STEPS}, False),
+        ({"gpu_lag_s": None, **STEPS}, None),
         ({"gpu_lag_s": CALL - 1e-4}, True),
         ({"gpu_lag_s": CALL + 1e-4}, False),
-        ({"gpu_lag_s": 0.0, "median_s": None}, False),
+        ({"gpu_lag_s": 0.0, "median_s": None}, None),
     ],
 )
-def test_a_gpu_that_waits_for_the_host(time: dict[str, Any], expected: bool) -> None:
+def test_a_gpu_that_waits_for_the_host(time: dict[str, Any], expected: bool | None) -> None:
     assert host_bound(timed(2.0, time=time)) is expected
 
 
@@ -284,6 +284,21 @@ def test_a_host_bound_case_is_at_most_ambiguous_against_a_stored_base(bound: str
     assert clear.verdict == ("worse" if median > 2 else "better")
     both = Again([base] * 3, [head] * 3)
     assert told(base, head, both).verdict == clear.verdict, "measured again in turn, it is decided"
+
+
+@pytest.mark.parametrize("busy", [(), ("base",), ("head",), ("base", "head")])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_where_it_is_not_known_whose_time_it_is_a_stored_base_of_a_gpu_does_not_decide(
+    busy: tuple[str, ...], gpu: bool
+) -> None:
+    base, head = (
+        timed(*[median] * 3, time={"gpu_lag_s": 1.0 if side in busy else None, **STEPS})
+        for side, median in (("base", 2.0), ("head", 3.0))
+    )
+    for side in (base, head):
+        side.memory.allocated_peak_bytes = 1 << 30 if gpu else None
+        side.phases.clear()
+    assert told(base, head).verdict == ("worse" if busy or not gpu else "ambiguous")
 
 
 # What explains a difference

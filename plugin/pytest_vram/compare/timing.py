@@ -84,13 +84,19 @@ def medians(records: Sequence[Record]) -> list[float]:
     return [worker.median_s for record in records for worker in record.time.workers]
 
 
-def host_bound(record: Record) -> bool:
-    """Whether the host's CPU, and not the GPU, decides how long a call takes; False where that is not known."""
+def host_bound(record: Record) -> bool | None:
+    """Whether the host's CPU, and not the GPU, decides how long a call takes; None where that is not known."""
     time = record.time
     if time.gpu_lag_s is None or time.median_s is None:
-        return False
+        return None
     least = HOST_BOUND_STEPS * time.step_s if time.step_s else HOST_BOUND_CALL * time.median_s
     return time.gpu_lag_s < least
+
+
+def _host_decides(records: Sequence[Record]) -> bool:
+    """Also where it is not known, of a GPU's run: the first versions did not record it."""
+    known = [bound for record in records if (bound := host_bound(record)) is not None]
+    return any(known) if known else any(record.memory.allocated_peak_bytes for record in records)
 
 
 def time_change(base: Record, head: Record, limit: Mapping[str, Any], again: Again | None = None) -> Change | None:
@@ -136,7 +142,7 @@ def _stored(change: Change, base: Sequence[Record], head: Sequence[Record], limi
     if verdict == "same":
         reason = "by less than a stored base can tell: measure it again (--vram-base-checkout)"
         return changed.model_copy(update={"verdict": "ambiguous", "reason": reason})
-    if verdict != "ambiguous" and any(map(host_bound, (*base, *head))):
+    if verdict != "ambiguous" and _host_decides([*base, *head]):
         reason = "the host's CPU decides this time, and drifts: measure the base again (--vram-base-checkout)"
         return changed.model_copy(update={"verdict": "ambiguous", "reason": reason})
     if verdict != "ambiguous" and max(map(spread, sides)) > STORED_SPREAD:
