@@ -513,7 +513,6 @@ class Manager:
         session = self.session
         if session is None or session.run_path is None:
             return
-        from time import monotonic
 
         from pytest_vram.report.summary import legend, summary, where_time_went
 
@@ -523,8 +522,7 @@ class Manager:
         terminalreporter.write_line(table)
         terminalreporter.write_line(legend())
         if session.options.device != "meta":
-            spent = monotonic() - session.began
-            terminalreporter.write_line(where_time_went(session.fresh, spent))
+            terminalreporter.write_line(where_time_went(session.fresh, session.spent_s))
         terminalreporter.write_line(f"run file: {session.run_path}")
         if session.comparison is not None:
             from pytest_vram.report.comparing import table as compared

@@ -79,6 +79,7 @@ class SweepSession:
         self.began = self.first_case_began = time.monotonic()
         self.expected: set[str] = set()
         self.run_path: Path | None = None
+        self.spent_s = 0.0
         self.others_aliases: dict[str, list[str]] = {}
         self.base: Base | None = None
         self.comparison: Comparison | None = None
@@ -354,6 +355,7 @@ class SweepSession:
 
     def finish(self, interrupted: bool) -> None:
         """Write the run file."""
+        self.spent_s = time.monotonic() - self.began
         if self.journal is None:
             return
         if not self.journal.records:

@@ -303,16 +303,21 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
                     cap = (record.case.limit_bytes or 0) - (record.memory.context_bytes or 0)
                     key = choice.workload, choice.optimizations
                     ran_out[key] = max(cap, ran_out.get(key, 0))
-            elif choice.need_bytes is not None or choice.at_least_bytes:
+            else:
                 sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
                 sets.setdefault(choice.optimizations, []).append(choice)
-            else:
-                failed.append(choice)  # measured with no need, neither searched nor simulated
     choices: dict[Workload, dict[GpuKey, Sets]] = {}
     for workload, by_gpu in sorted(found.items()):
-        choices[workload] = {}
         for gpu, sets in by_gpu.items():
-            choices[workload][gpu] = {n: _chosen(several, ran_out.get((workload, n), 0)) for n, several in sets.items()}
+            chosen: dict[tuple[str, ...], Choice] = {}
+            for names, several in sets.items():
+                speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
+                if speak:
+                    chosen[names] = _chosen(speak, several, ran_out.get((workload, names), 0))
+                else:
+                    failed += several  # measured with no need, neither searched nor simulated
+            if chosen:
+                choices.setdefault(workload, {})[gpu] = chosen
     unknown: dict[str, Choice] = {}
     for choice in failed:
         known = any(choice.optimizations in sets for sets in choices.get(choice.workload, {}).values())
@@ -321,9 +326,9 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     return Evidence(runs, choices, checks, list(unknown.values()), aliases)
 
 
-def _chosen(several: Sequence[Choice], ran_out_bytes: int) -> Choice:
-    """Of the records of one set on one GPU, oldest first, the one that speaks, with what the others add to it."""
-    best = max(reversed(several), key=lambda choice: (choice.need_bytes is not None, not choice.estimated))
+def _chosen(speak: Sequence[Choice], several: Sequence[Choice], ran_out_bytes: int) -> Choice:
+    """Of the records of one set on one GPU, oldest first: the best of those that `speak`, with the times of all."""
+    best = max(reversed(speak), key=lambda choice: (choice.need_bytes is not None, not choice.estimated))
     own = isinstance(best.record.case, OwnCase)  # whose code may have changed since
     others = [c for c in several if c is not best and not own and _software(c) == _software(best)]
     return replace(best, timed=tuple(others), ran_out_bytes=ran_out_bytes)
