@@ -36,7 +36,7 @@ class Scheduler(_Table):
 
 
 class Native(_Table):
-    """What the model was made for: pixels, steps, guidance, and tokens of the prompt."""
+    """What the model was made for: pixels, steps, guidance, tokens of the prompt, and frames where it makes videos."""
 
     width: int = Field(gt=0)
     height: int = Field(gt=0)
@@ -47,15 +47,24 @@ class Native(_Table):
 
 
 class Model(_Table):
-    """An architecture: everything needed to build the pipeline with random weights."""
+    """An architecture: everything needed to build the pipeline with random weights.
+
+    `denoiser` and `decoder` are the components that the phases denoise and decode begin with. Widths and heights are
+    multiples of `resolution_multiple`, frames one more than multiples of `frame_multiple`. `licence` and `gated`
+    (whether the hub asks for a click) are those of the weights at `hub_id`.
+    """
 
     name: str = Field(pattern=NAME)
     aliases: tuple[str, ...] = ()
     hub_id: str
+    licence: str | None = None
+    gated: bool = False
     pipeline: str
     pipeline_arguments: dict[str, Any] = {}
     denoiser: str
+    decoder: str = "vae"
     resolution_multiple: int = Field(gt=0)
+    frame_multiple: int = Field(default=1, gt=0)
     native: Native
     components: dict[str, Component]
     scheduler: Scheduler
@@ -67,6 +76,26 @@ class Model(_Table):
             nearest = "x".join(str(max(multiple, round(n / multiple) * multiple)) for n in (width, height))
             raise ValueError(f"{self.name} takes multiples of {multiple} pixels, not {width}x{height}; try {nearest}")
 
+    def check_frames(self, frames: int) -> None:
+        """Raise ValueError where the model cannot make this many frames."""
+        if self.native.frames is None:
+            raise ValueError(f"{self.name} makes images; leave frames out")
+        if (frames - 1) % self.frame_multiple:
+            nearest = round((frames - 1) / self.frame_multiple) * self.frame_multiple + 1
+            raise ValueError(
+                f"{self.name} takes one frame more than a multiple of {self.frame_multiple}, not {frames}; try {nearest}"
+            )
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """What it makes."""
+        return "image" if self.native.frames is None else "video"
+
+    @property
+    def parameters(self) -> int:
+        """Of all its networks together; those whose number no file says are left out."""
+        return sum(component.parameters or 0 for component in self.components.values())
+
 
 def read_model(path: Path) -> Model:
     """One architecture file.
@@ -75,8 +104,10 @@ def read_model(path: Path) -> Model:
         UsageError: naming the file and the key.
     """
     model = read_toml(path, Model)
-    if model.denoiser not in model.components:
-        raise UsageError(f"{path}: denoiser: {model.denoiser!r} is not one of the components")
+    for key in ("denoiser", "decoder"):
+        if getattr(model, key) not in model.components:
+            known = ", ".join(model.components)
+            raise UsageError(f"{path}: {key}: {getattr(model, key)!r} is not one of the components ({known})")
     return model
 
 

@@ -14,20 +14,23 @@ class Phases:
     The three phases leave no gap: what the pipeline does between them belongs to the one that went before.
     """
 
-    def __init__(self, pipe: Any, denoiser: str, enter: Enter, queued: Queued = lambda: None) -> None:
+    def __init__(
+        self, pipe: Any, denoiser: str, enter: Enter, queued: Queued = lambda: None, decoder: str = "vae"
+    ) -> None:
         self._enter = enter
         self.current = "load"
         self.denoiser_calls = 0  # of the call that goes on, or went last
         # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
         getattr(pipe, denoiser).register_forward_pre_hook(lambda *_: self._denoise(), prepend=True)
         getattr(pipe, denoiser).register_forward_hook(lambda *_: queued())
-        decode = pipe.vae.decode
+        network = getattr(pipe, decoder)
+        decode = network.decode
 
         def decoding(*args: Any, **kwargs: Any) -> Any:
             self._once("decode")
             return decode(*args, **kwargs)
 
-        pipe.vae.decode = decoding
+        network.decode = decoding
 
     def begin(self) -> None:
         """A call of the pipeline begins."""

@@ -60,7 +60,7 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
                         if tensor is not None:
                             trace.track(tensor)
             seen = {o.name: o.simulate(pipe, model.denoiser, trace) for o in optimizations}
-            phases = Phases(pipe, model.denoiser, trace.enter)
+            phases = Phases(pipe, model.denoiser, trace.enter, decoder=model.decoder)
             arguments = call_arguments(pipe, case.model_copy(update={"steps": STEPS}), None)
             for _ in range(CALLS):
                 phases.begin()

@@ -94,7 +94,7 @@ class SweepSubject:
         return {o.name: o.watch(pipe, self.model.denoiser) for o in self.optimizations}
 
     def phases(self, pipe: Any, enter: Enter, queued: Queued) -> Phases | WholeCall:
-        return Phases(pipe, self.model.denoiser, enter, queued)
+        return Phases(pipe, self.model.denoiser, enter, queued, self.model.decoder)
 
     def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
         case = self.case if steps is None else self.case.model_copy(update={"steps": steps})

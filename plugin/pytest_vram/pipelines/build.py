@@ -163,6 +163,10 @@ def assemble(model: Model, components: Mapping[str, torch.nn.Module], **attribut
         elif name == "scheduler":
             scheduler = getattr(diffusers, model.scheduler.class_name)
             given[name] = scheduler.from_config(dict(model.scheduler.config))
+        elif name.endswith("_scheduler"):  # of a pipeline in two stages, as its class has it
+            given[name] = parameter.annotation()
+        elif name.endswith("image_processor"):
+            given[name] = transformers.CLIPImageProcessor()
         elif "tokenizer" in name:
             given[name] = StandInTokenizer(_sequence_length(model, name.replace("tokenizer", "text_encoder")))
         elif parameter.default is inspect.Parameter.empty:
@@ -226,6 +230,7 @@ def call_arguments(pipe: Any, case: Case, generator: torch.Generator | None) -> 
         "width": case.width,
         "num_frames": case.frames,
         "num_inference_steps": case.steps,
+        "prior_num_inference_steps": case.steps,
         "guidance_scale": case.guidance_scale,
         "generator": generator,
         "max_sequence_length": case.sequence_length,

@@ -1,5 +1,6 @@
 """A tokenizer with no vocabulary: random weights read nothing into the words, only their number costs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import transformers
 
 
 class StandInTokenizer:
-    """Stands in for a CLIP or T5 tokenizer: always as many tokens as the text encoder takes, none of them padding."""
+    """Stands in for any tokenizer or processor: always as many tokens as the text encoder takes, none of them padding."""
 
     pad_token = eos_token = "x"
     padding_side = "right"
@@ -16,6 +17,7 @@ class StandInTokenizer:
     def __init__(self, length: int) -> None:
         self.model_max_length = length
         self.added_tokens_encoder: dict[str, int] = {}
+        self.tokenizer = self  # a processor's
 
     def __call__(
         self, text: Any = "", *_: Any, max_length: int | None = None, return_length: bool = False, **__: Any
@@ -27,6 +29,21 @@ class StandInTokenizer:
         if return_length:
             encoded["length"] = torch.full((batch,), ids.shape[1])
         return transformers.BatchEncoding(encoded)
+
+    def apply_chat_template(
+        self, chat: Sequence[Any], *_: Any, tokenize: bool = True, return_dict: bool = False, **options: Any
+    ) -> Any:
+        """`chat` is one conversation, or a list of them."""
+        if not tokenize:
+            return "a prompt"
+        encoded = self([""] * (len(chat) if isinstance(chat[0], list) else 1), **options)
+        return encoded if return_dict else encoded["input_ids"]
+
+    def encode(self, *_: Any, **__: Any) -> list[int]:
+        return [1] * 8
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
 
     def tokenize(self, *_: Any, **__: Any) -> list[str]:
         return ["x"]
