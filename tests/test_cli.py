@@ -12,9 +12,12 @@ runner = CliRunner()
 
 
 def test_models_and_optimizations_as_tables_and_as_json() -> None:
-    assert "sd-food" in runner.invoke(app, ["models"]).stdout
+    assert "wan2.1-t2v-1.3b" in runner.invoke(app, ["models"]).stdout
+    one = runner.invoke(app, ["models", "sd-food"]).stdout
+    assert "unet (denoiser): UNet2DConditionModel of diffusers, 0.860 B" in one
+    assert json.loads(runner.invoke(app, ["models", "sd-food", "--json"]).stdout)["kind"] == "image"
     names = [model["name"] for model in json.loads(runner.invoke(app, ["models", "--json"]).stdout)]
-    assert names == ["sdxl", "sdxl-turbo", "stable-diffusion-v1-5"]
+    assert {"flux1-dev", "sdxl", "stable-diffusion-v1-5", "wan2.1-t2v-1.3b"} <= set(names)
     assert "vae_tiling" in runner.invoke(app, ["optimizations"]).stdout
     rows = json.loads(runner.invoke(app, ["optimizations", "--json"]).stdout)
     assert [row["name"] for row in rows][:3] == ["fp32", "fp16", "bf16"]

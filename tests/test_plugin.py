@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -74,7 +75,8 @@ BAD_INPUT = [
     (["--vram-resume"], "--vram-resume: no unfinished run in "),
     (["--vram-results=matrix.toml/x"], "--vram-results: "),
     (["--vram-models=./nowhere", "--vram-weights=pretrained"], "nowhere/model_index.json: "),
-    (["--vram-models=./nowhere"], "--vram-weights pretrained"),
+    (["--vram-models=./nowhere"], "nowhere/model_index.json: "),
+    (["--vram-frames=9"], "--vram-frames: tiny-sd: makes images; leave frames out"),
 ]
 
 
@@ -405,7 +407,7 @@ def test_trained_weights_from_a_folder(saved: Path, project: pytest.Pytester) ->
     result = run(project, "--vram-models=./Trained One", "--vram-device=cpu", "--vram-rounds=5", *options)
     result.assert_outcomes(passed=1)
     (record,) = run_of(project, "cpu").records
-    assert record.id == "trained-one/fp32/32x32/b1"
+    assert re.fullmatch("trained-one-[0-9a-f]{8}/fp32/32x32/b1", record.id)
     assert isinstance(record.case, Case)
     assert record.case.weights == "pretrained"
     (project.path / "Trained One" / "vae" / "diffusion_pytorch_model.safetensors").unlink()

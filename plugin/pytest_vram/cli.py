@@ -9,9 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pytest_vram.errors import VramError
+from pytest_vram.errors import UsageError, VramError
 
 if TYPE_CHECKING:
+    from pytest_vram.cases.models import Model
     from pytest_vram.compare.comparison import Comparison
     from pytest_vram.report.render import Report
 
@@ -64,30 +65,76 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
-    """The models that come with the package."""
-    from pytest_vram.cases.models import read_models
+def models(
+    name: Annotated[str | None, typer.Argument(help="Show the architecture of this model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The models that come with the package, and those in bench/models; with a name, one architecture."""
+    from pytest_vram.cases.models import find_model, read_models
 
-    found = read_models().values()
-    if as_json:
-        typer.echo(json.dumps([model.model_dump(mode="json", by_alias=True) for model in found], indent=1))
-        return
-    rows: list[list[str]] = []
-    for model in found:
-        native = model.native
-        parameters = sum(component.parameters or 0 for component in model.components.values())
-        rows.append(
+    found = read_models(Path("bench") / "models")
+    if name is not None:
+        try:
+            model = find_model(name, found)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        typer.echo(json.dumps(_as_json(model), indent=1) if as_json else _architecture(model))
+    elif as_json:
+        typer.echo(json.dumps([_as_json(model) for model in found.values()], indent=1))
+    else:
+        rows = [
             [
                 model.name,
-                ", ".join(model.aliases),
-                f"{parameters / 1e9:.2f} B",
-                f"{native.width}x{native.height}",
-                str(native.steps),
-                f"{native.guidance_scale:g}",
-                model.hub_id,
+                model.kind,
+                f"{(model.components[model.denoiser].parameters or 0) / 1e9:.2f}",
+                f"{model.parameters / 1e9:.2f}",
+                f"{model.disk_bytes / 1e9:.1f}",
+                _native(model),
+                str(model.native.steps),
+                f"{model.licence or '?'}{', gated' if model.gated else ''}",
             ]
+            for model in found.values()
+        ]
+        _show(["model", "makes", "denoiser", "all", "GB", "native", "steps", "licence"], rows)
+        typer.echo(
+            "denoiser, all: billions of parameters. GB: the weights in half precision. gated: the hub asks to agree."
         )
-    _show(["model", "also", "parameters", "native", "steps", "guidance", "hub id"], rows)
+        typer.echo("`pytest-vram models NAME` shows one; --vram-models takes also owner/name of the hub, or ./folder.")
+
+
+def _native(model: "Model") -> str:
+    native = model.native
+    return f"{native.width}x{native.height}{f' f{native.frames}' if native.frames else ''}"
+
+
+def _as_json(model: "Model") -> dict[str, Any]:
+    facts = {"kind": model.kind, "parameters": model.parameters, "disk_bytes": model.disk_bytes}
+    return model.model_dump(mode="json", by_alias=True) | facts
+
+
+def _architecture(model: "Model") -> str:
+    """One architecture as text: what it is, then each network with what differs from its class's defaults."""
+    native = model.native
+    facts = {
+        "also": ", ".join(model.aliases),
+        "hub": f"{model.hub_id}{' (gated)' if model.gated else ''}",
+        "licence": model.licence or "not known",
+        "pipeline": model.pipeline,
+        "native": f"{_native(model)}, {native.steps} steps, guidance {native.guidance_scale:g}, "
+        f"{native.sequence_length} tokens",
+        "takes": f"multiples of {model.resolution_multiple} pixels"
+        + (f", {model.frame_multiple}n + 1 frames" if model.kind == "video" else ""),
+        "weights": f"{model.disk_bytes / 1e9:.1f} GB in half precision",
+        "scheduler": model.scheduler.class_name,
+    }
+    lines = [f"{model.name}: {model.kind}, {model.parameters / 1e9:.2f} B parameters"]
+    lines += [f"  {key:10}{value}" for key, value in facts.items() if value]
+    for name, component in model.components.items():
+        role = " (denoiser)" if name == model.denoiser else " (decoder)" if name == model.decoder else ""
+        count = f"{component.parameters / 1e9:.3f} B" if component.parameters else "parameters not known"
+        lines += ["", f"{name}{role}: {component.class_name} of {component.library}, {count}"]
+        lines += [f"  {key} = {json.dumps(value)}" for key, value in component.config.items()]
+    return "\n".join(lines)
 
 
 @app.command()

@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--vram-models", metavar="A,B", help="these models, in place of the sweep's")
     add("--vram-optimizations", metavar="A,B+C", help="these sets of optimizations, such as fp16,fp16+vae_tiling")
     add("--vram-resolutions", metavar="N,WxH", help="these resolutions: 512, 1024x768 (width x height), native")
+    add("--vram-frames", metavar="N,M", help="these numbers of frames, of the models that make videos")
     add("--vram-batch-sizes", metavar="N,M", help="these batch sizes")
     add("--vram-steps", metavar="N", help="denoising steps of every case")
     add("--vram-rounds", metavar="N", help="rounds of every case; default: 5 to 30, from a pilot call")
@@ -98,6 +99,7 @@ def _options(config: pytest.Config) -> Options:
             models=names("models"),
             optimizations=names("optimizations"),
             resolutions=names("resolutions"),
+            frames=names("frames"),
             batch_sizes=None if batches is None else tuple(_whole(n, "--vram-batch-sizes") for n in batches),
             steps=_whole(text("steps"), "--vram-steps"),
         ),

@@ -127,16 +127,16 @@ class SweepSession:
 
     def _with_folders(self, overrides: Overrides, folders: Sequence[str], models: dict[str, Model]) -> Overrides:
         """The saved pipelines among the models, folders and hub ids, made known under their own names."""
+        from pytest_vram.pipelines.build import with_call_defaults  # imports diffusers, which few sweeps need here
+
         names = {}
         for folder in folders:
-            if self.options.weights != "pretrained":
-                raise UsageError(f"--vram-models: {folder} names trained weights; give --vram-weights pretrained too")
-            model = model_from_hub(folder) if is_hub_id(folder) else model_from_folder(Path(folder))
-            if model.name in models:
-                raise UsageError(
-                    f"--vram-models: {folder}: a model is called {model.name!r} already; rename the folder"
-                )
-            models[model.name] = model
+            trained = self.options.weights == "pretrained"
+            if is_hub_id(folder):
+                model = model_from_hub(folder)
+            else:
+                model = model_from_folder(Path(folder), with_weights=trained)
+            models[model.name] = with_call_defaults(model)
             names[folder] = model.name
         return replace(overrides, models=tuple(names.get(name, name) for name in overrides.models or ()))
 
@@ -419,6 +419,7 @@ class SweepSession:
             "models": overrides.models and ",".join(overrides.models),
             "optimizations": overrides.optimizations and ",".join(overrides.optimizations),
             "resolutions": overrides.resolutions and ",".join(overrides.resolutions),
+            "frames": overrides.frames and ",".join(overrides.frames),
             "batch-sizes": overrides.batch_sizes and ",".join(map(str, overrides.batch_sizes)),
             "steps": overrides.steps,
             "rounds": settings.rounds,

@@ -1,6 +1,7 @@
 """Architecture files, and the folder of a saved pipeline read as one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_find_model() -> None:
     assert find_model("sd-food", models) is models["stable-diffusion-v1-5"]
     with pytest.raises(ValueError, match=r"unknown model 'sdxl-turbbo'; did you mean 'sdxl-turbo'\?"):
         find_model("sdxl-turbbo", models)
-    with pytest.raises(ValueError, match=r"unknown model '%%%' \(known: sd-food, "):
+    with pytest.raises(ValueError, match=r"unknown model '%%%' \(known: "):
         find_model("%%%", models)
 
 
@@ -130,7 +131,9 @@ def test_a_name_goes_before_an_alias() -> None:
 
 
 def test_aliases_of_the_models_that_have_any() -> None:
-    assert names_with_aliases(read_models().values()) == {"stable-diffusion-v1-5": ["sd-food"]}
+    found = names_with_aliases(read_models().values())
+    assert found["stable-diffusion-v1-5"] == ["sd-food"]
+    assert "sdxl" not in found
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,8 @@ def test_resolution_the_model_cannot_take(size: tuple[int, int], nearest: str) -
 
 def test_folder(tmp_path: Path) -> None:
     model = model_from_folder(saved(tmp_path / "My Model"))
-    assert (model.name, model.pipeline, model.denoiser) == ("my-model", "StableDiffusionPipeline", "unet")
+    assert re.fullmatch("my-model-[0-9a-f]{8}", model.name)
+    assert (model.pipeline, model.denoiser) == ("StableDiffusionPipeline", "unet")
     assert model.hub_id == str(tmp_path / "My Model")
     assert (model.resolution_multiple, model.native.width, model.native.height) == (4, 384, 192)
     assert model.native.sequence_length == 64

@@ -1,6 +1,8 @@
 """Models as data: one TOML architecture file each, or a saved pipeline's folder, read into one form."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -82,14 +84,18 @@ class Model(_Table):
             raise ValueError(f"{self.name} makes images; leave frames out")
         if (frames - 1) % self.frame_multiple:
             nearest = round((frames - 1) / self.frame_multiple) * self.frame_multiple + 1
-            raise ValueError(
-                f"{self.name} takes one frame more than a multiple of {self.frame_multiple}, not {frames}; try {nearest}"
-            )
+            takes = f"{self.name} takes one frame more than a multiple of {self.frame_multiple}"
+            raise ValueError(f"{takes}, not {frames}; try {nearest}")
 
     @property
     def kind(self) -> Literal["image", "video"]:
         """What it makes."""
         return "image" if self.native.frames is None else "video"
+
+    @property
+    def disk_bytes(self) -> int:
+        """Its weights on disk in half precision, two bytes a parameter."""
+        return 2 * self.parameters
 
     @property
     def parameters(self) -> int:
@@ -143,9 +149,9 @@ def is_folder(name: str) -> bool:
 def model_from_folder(folder: Path, *, with_weights: bool = True) -> Model:
     """The architecture of a pipeline saved with `save_pretrained`, read from its configuration files.
 
-    A saved pipeline does not say with how many steps it is meant to run: 50 with guidance 7.5, diffusers' defaults
-    for Stable Diffusion, stand in; an architecture file whose `hub_id` is the folder says better. Without
-    `with_weights` the configuration files alone are enough.
+    A saved pipeline does not say with how many steps it is meant to run: 50 with guidance 7.5 stand in until the
+    defaults of its class are known; an architecture file whose `hub_id` is the folder says better. Its name is the
+    folder's and 8 hex digits of its configuration. Without `with_weights` the configuration files alone are enough.
 
     Raises:
         UsageError: when a part is missing, or has no safetensors file.
@@ -171,7 +177,7 @@ def model_from_folder(folder: Path, *, with_weights: bool = True) -> Model:
         lengths = [c["config"].get("max_position_embeddings", 77) for n, c in components.items() if "text" in n]
         return Model.model_validate(
             {
-                "name": folder.resolve().name.lower().replace(" ", "-"),
+                "name": unique_name(folder.resolve().name, components, scheduler),
                 "hub_id": str(folder),
                 "pipeline": index["_class_name"],
                 "pipeline_arguments": {k: v for k, v in index.items() if isinstance(v, bool)},
@@ -197,6 +203,13 @@ def model_from_folder(folder: Path, *, with_weights: bool = True) -> Model:
         raise UsageError(f"{folder}: the key {error} is missing from its configuration") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder}: its configuration is not what save_pretrained writes: {error}") from error
+
+
+def unique_name(basename: str, *configuration: Any) -> str:
+    """A name for an architecture that has none: the basename and 8 hex digits of what it is made of."""
+    digits = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
+    stem = re.sub(r"[^a-z0-9._-]+", "-", basename.lower()).strip("-._") or "model"
+    return f"{stem[:100]}-{digits}"
 
 
 def _require_safetensors(folder: Path) -> None:

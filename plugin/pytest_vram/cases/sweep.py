@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,15 +30,17 @@ class Exclusion(_Table):
     models: tuple[str, ...] | None = None
     optimizations: tuple[str, ...] | None = None
     resolutions: tuple[str | int, ...] | None = None
+    frames: tuple[Literal["native"] | int, ...] | None = None
     batch_sizes: tuple[int, ...] | None = None
 
 
 class Block(_Table):
-    """The product of four axes, less the exclusions."""
+    """The product of five axes, less the exclusions; frames are an axis of videos alone."""
 
     models: tuple[str, ...] = Field(min_length=1)
     optimizations: tuple[str, ...] = Field(min_length=1)
     resolutions: tuple[str | int, ...] = Field(default=(NATIVE,), min_length=1)
+    frames: tuple[Literal["native"] | int, ...] = Field(default=("native",), min_length=1)
     batch_sizes: tuple[int, ...] = Field(default=(1,), min_length=1)
     exclude: tuple[Exclusion, ...] = ()
 
@@ -66,6 +68,7 @@ class Overrides:
     resolutions: tuple[str, ...] | None = None
     batch_sizes: tuple[int, ...] | None = None
     steps: int | None = None
+    frames: tuple[str, ...] | None = None
 
 
 def read_thresholds(path: Path) -> Thresholds:
@@ -115,19 +118,18 @@ def expand(
     for block_name, block in sweep.blocks.items():
         where = f"{source}.blocks.{block_name}"
         excluded = _exclusions(block, models, parse_optimizations, where)
-        for model, optimizations, (width, height), batch_size in _axes(
-            block, where, models, parse_optimizations, overrides
-        ):
-            if any(matches(model, optimizations, (width, height), batch_size) for matches in excluded):
+        for point in _axes(block, where, models, parse_optimizations, overrides):
+            if any(matches(point) for matches in excluded):
                 continue
+            model, (width, height) = point.model, point.size
             native = model.native
             case = Case(
                 model=model.name,
-                optimizations=optimizations,
+                optimizations=point.optimizations,
                 height=height,
                 width=width,
-                frames=native.frames,
-                batch_size=batch_size,
+                frames=point.frames,
+                batch_size=point.batch_size,
                 steps=overrides.steps or sweep.steps or native.steps,
                 guidance_scale=native.guidance_scale,
                 sequence_length=native.sequence_length,
@@ -141,13 +143,24 @@ def expand(
     return list(cases)
 
 
+@dataclass(frozen=True)
+class _Point:
+    """One combination of a block's axes; `size` is (width, height)."""
+
+    model: Model
+    optimizations: tuple[str, ...]
+    size: tuple[int, int]
+    frames: int | None
+    batch_size: int
+
+
 def _axes(
     block: Block,
     where: str,
     models: Mapping[str, Model],
     parse_optimizations: ParseOptimizations,
     overrides: Overrides,
-) -> Iterator[tuple[Model, tuple[str, ...], tuple[int, int], int]]:
+) -> Iterator[_Point]:
     def axis(name: str, from_block: Sequence[T], from_option: Sequence[T] | None) -> tuple[Sequence[T], str]:
         if from_option is None:
             return from_block, f"{where}.{name}"
@@ -156,6 +169,7 @@ def _axes(
     names, names_at = axis("models", block.models, overrides.models)
     sets, sets_at = axis("optimizations", block.optimizations, overrides.optimizations)
     sizes, sizes_at = axis("resolutions", block.resolutions, overrides.resolutions)
+    counts, counts_at = axis("frames", block.frames, overrides.frames)
     batches, batches_at = axis("batch_sizes", block.batch_sizes, overrides.batch_sizes)
     with _at(names_at):
         chosen = list(dict.fromkeys(find_model(name, models).name for name in names))
@@ -165,19 +179,36 @@ def _axes(
         for batch in batches:
             if batch < 1:
                 raise ValueError(f"a batch holds 1 image or more, not {batch}")
-    for name, optimizations, size, batch in itertools.product(chosen, parsed, sizes, batches):
+    with _at(counts_at):
+        if any(str(count) != NATIVE for count in counts) and all(models[name].kind == "image" for name in chosen):
+            raise ValueError(f"{', '.join(chosen)}: makes images; leave frames out")
+    for name, optimizations, size, count, batch in itertools.product(chosen, parsed, sizes, counts, batches):
         model = models[name]
         with _at(sizes_at):
             resolution = _resolution(size, model)
             model.check_resolution(*resolution)
-        yield model, optimizations, resolution, batch
+        with _at(counts_at):
+            frames = _frames(count, model)
+        yield _Point(model, optimizations, resolution, frames, batch)
 
 
 def _resolution(value: str | int, model: Model) -> tuple[int, int]:
     return (model.native.width, model.native.height) if value == NATIVE else parse_resolution(value)
 
 
-Matcher = Callable[[Model, tuple[str, ...], tuple[int, int], int], bool]
+def _frames(value: str | int, model: Model) -> int | None:
+    """Frames of a video; an image has none, whatever the axis says."""
+    if model.native.frames is None:
+        return None
+    if value == NATIVE:
+        return model.native.frames
+    if not str(value).isdecimal() or not 0 < int(value) <= 100_000:
+        raise ValueError(f"{value!r} is no number of frames; write 33 or native")
+    model.check_frames(int(value))
+    return int(value)
+
+
+Matcher = Callable[[_Point], bool]
 
 
 def _exclusions(
@@ -193,12 +224,15 @@ def _exclusions(
                 if size != NATIVE:
                     parse_resolution(size)
 
-        def matches(model: Model, optimizations: tuple[str, ...], size: tuple[int, int], batch: int) -> bool:
+        def matches(point: _Point) -> bool:
+            sizes = {_resolution(size, point.model) for size in exclusion.resolutions or ()}
+            frames = {point.model.native.frames if count == NATIVE else count for count in exclusion.frames or ()}
             return (
-                (exclusion.models is None or model.name in names)
-                and (exclusion.optimizations is None or optimizations in sets)
-                and (exclusion.resolutions is None or size in {_resolution(r, model) for r in exclusion.resolutions})
-                and (exclusion.batch_sizes is None or batch in exclusion.batch_sizes)
+                (exclusion.models is None or point.model.name in names)
+                and (exclusion.optimizations is None or point.optimizations in sets)
+                and (exclusion.resolutions is None or point.size in sizes)
+                and (exclusion.frames is None or point.frames in frames)
+                and (exclusion.batch_sizes is None or point.batch_size in exclusion.batch_sizes)
             )
 
         return matches

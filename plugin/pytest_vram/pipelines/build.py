@@ -197,6 +197,26 @@ def pipeline_class(model: Model) -> Any:
     return cls
 
 
+def with_call_defaults(model: Model) -> Model:
+    """The model with the native size, steps and guidance that its pipeline's class has as defaults.
+
+    Raises:
+        UsageError: where this version of diffusers has no such pipeline.
+    """
+    accepted = inspect.signature(pipeline_class(model).__call__).parameters
+    names = {
+        "width": "width",
+        "height": "height",
+        "num_frames": "frames",
+        "num_inference_steps": "steps",
+        "guidance_scale": "guidance_scale",
+        "max_sequence_length": "sequence_length",
+    }
+    defaults = {ours: accepted[theirs].default for theirs, ours in names.items() if theirs in accepted}
+    known = {name: value for name, value in defaults.items() if type(value) in (int, float) and value > 0}
+    return model.model_copy(update={"native": model.native.model_copy(update=known)})
+
+
 def random_pipeline(model: Model, dtype: torch.dtype, device: str, *, share: bool = False) -> Any:
     """The pipeline with random weights, its networks on `device`; on the host they may `share` their storage."""
     components: Components = {name: build_component(part, dtype) for name, part in model.components.items()}

@@ -31,5 +31,6 @@ def model_from_hub(hub_id: str) -> Model:
             f"--vram-models: {hub_id} is no folder here, and the hub does not give it: {reason}"
         ) from error
     model = model_from_folder(Path(folder), with_weights=False)
-    name = re.sub(r"[^a-z0-9._-]+", "-", hub_id.split("/")[1].lower())
-    return model.model_copy(update={"hub_id": hub_id, "name": name})
+    digits = model.name.rsplit("-", 1)[1]  # of the configuration; the rest is the cache's
+    stem = re.sub(r"[^a-z0-9._-]+", "-", hub_id.split("/")[1].lower()).strip("-._") or "model"
+    return model.model_copy(update={"hub_id": hub_id, "name": f"{stem[:100]}-{digits}"})

@@ -8,7 +8,7 @@ import transformers
 
 
 class StandInTokenizer:
-    """Stands in for any tokenizer or processor: always as many tokens as the text encoder takes, none of them padding."""
+    """Stands in for any tokenizer or processor: always as many tokens as the text encoder takes, none of it padding."""
 
     pad_token = eos_token = "x"
     padding_side = "right"
