@@ -1,6 +1,8 @@
 """The command pytest-vram."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +30,8 @@ def _show(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    Console(highlight=False).print(table)
+    width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
+    Console(highlight=False, width=width).print(table)
 
 
 @app.command()
