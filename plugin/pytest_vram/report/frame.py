@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_vram.cases.case import Case
 from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Memory, Phase, Record
 
@@ -65,6 +66,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "median_s": (REAL, "seconds of a call, median over all rounds"),
     "step_s": (REAL, "seconds of one call of the denoiser"),
     "images_per_s": (REAL, "images (or videos) a second"),
+    "frame_s": (REAL, "seconds of a call for each frame of each video"),
     "at_need_s": (REAL, "seconds of the same call with no more memory than required"),
     "full_length_s": (REAL, "seconds of a call with the model's native number of steps, calculated"),
     "full_length_steps": (WHOLE, "that number of steps"),
@@ -166,6 +168,8 @@ def _row(record: Record) -> dict[str, Any]:
         "wall_s": record.wall.total_s if record.wall else None,
         "probes": record.wall.probes if record.wall and record.method == "measured" else None,
     }
+    if isinstance(case, Case) and case.frames and time.median_s is not None:
+        row["frame_s"] = time.median_s / (case.batch_size * case.frames)
     for phase, cost in record.phases.items():
         row[f"{phase}_s"], row[f"{phase}_allocated_peak_bytes"] = cost.time_s, cost.allocated_peak_bytes
     if record.exactness:
