@@ -70,6 +70,7 @@ class Model(_Table):
     native: Native
     components: dict[str, Component]
     scheduler: Scheduler
+    source: str | None = None  # the file, of an architecture of the user's own: read_models knows it
 
     def check_resolution(self, width: int, height: int) -> None:
         """Raise ValueError where the model cannot take this resolution."""
@@ -109,7 +110,7 @@ def read_model(path: Path) -> Model:
     Raises:
         UsageError: naming the file and the key.
     """
-    model = read_toml(path, Model)
+    model = read_toml(path, Model).model_copy(update={"source": None})
     for key in ("denoiser", "decoder"):
         if getattr(model, key) not in model.components:
             known = ", ".join(model.components)
@@ -120,12 +121,13 @@ def read_model(path: Path) -> Model:
 def read_models(*folders: Path) -> dict[str, Model]:
     """The packaged models and those of `folders`, by name; a later folder replaces a model of the same name."""
     packaged = Path(str(files(__package__) / "models"))
-    models = (
-        read_model(path)
-        for folder in (packaged, *folders)
-        for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)
-    )
-    return {model.name: model for model in models}
+    found: dict[str, Model] = {}
+    for folder in (packaged, *folders):
+        for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem):
+            model = read_model(path)
+            own = folder is not packaged
+            found[model.name] = model.model_copy(update={"source": str(path)}) if own else model
+    return found
 
 
 def find_model(name: str, models: Mapping[str, Model]) -> Model:

@@ -100,7 +100,8 @@ class ForkServer:
     name = "fork"
 
     def __init__(self, preload: Sequence[str]) -> None:
-        """Start the server and wait for its imports; `preload` names modules, or `module:attribute` for lazy ones.
+        """Start the server and wait for its imports; `preload` names modules, or `module:attribute` for lazy ones
+        (`module:attribute?` where it may be missing).
 
         Raises:
             StartError: with the reason, when an import fails.
@@ -253,7 +254,9 @@ def serve(fd: int, preload: Sequence[str]) -> None:
         for name in preload:
             module, _, attribute = name.partition(":")
             imported = importlib.import_module(module)
-            if attribute:
+            if attribute.endswith("?"):  # whether it is there is somebody else's to say
+                getattr(imported, attribute.removesuffix("?"), None)
+            elif attribute:
                 getattr(imported, attribute)
     except BaseException as error:  # whatever an import raises is the answer
         traceback.print_exc()

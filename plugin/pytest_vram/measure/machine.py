@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 Device = Literal["meta", "cpu", "cuda"]
 CANARY = "pytest_vram.measure.probes:canary"
 CANARY_TIMEOUT_S = 120.0
+CHECK = "pytest_vram.measure.probes:check_models"
+CHECK_TIMEOUT_S = 300.0
 SETTLE_S = 3.0  # how long the driver may take to free what a finished worker held
 SETTLED_BYTES = 16 << 20
 
@@ -58,9 +60,9 @@ def preload(models: Iterable[Model]) -> list[str]:
     """What the fork server imports: our worker tasks and the classes of these models."""
     names = ["pytest_vram.measure.simulation", "pytest_vram.measure.probes", "pytest_vram.measure.generation"]
     for model in models:
-        names.append(f"diffusers:{model.pipeline}")
-        names.append(f"diffusers:{model.scheduler.class_name}")
-        names += [f"{component.library}:{component.class_name}" for component in model.components.values()]
+        names.append(f"diffusers:{model.pipeline}?")
+        names.append(f"diffusers:{model.scheduler.class_name}?")
+        names += [f"{component.library}:{component.class_name}?" for component in model.components.values()]
     return list(dict.fromkeys(names))
 
 
@@ -77,9 +79,11 @@ def start_machine(
     if device == "cuda":
         _refuse_without_driver()
     say("importing torch and diffusers")
+    models = list(models)
     starter: Starter
     try:
         starter = ForkServer(preload(models))
+        _check(models, starter)
     except StartError as error:
         raise UsageError(str(error)) from error
     if device != "cuda":
@@ -101,6 +105,23 @@ def start_machine(
         starter.close()
         raise
     return machine
+
+
+def _check(models: Sequence[Model], starter: Starter) -> None:
+    """Raises UsageError where an architecture cannot be built; the server is gone then."""
+    if not models:
+        return
+    worker = starter.start(CHECK, PRELOAD_ENVIRON)
+    try:
+        worker.channel.send({"models": [model.model_dump(mode="json", by_alias=True) for model in models]})
+        answer = worker.channel.receive(CHECK_TIMEOUT_S)
+    except Closed:
+        answer = {"problem": f"the architectures could not be checked: {worker.output_tail()[-300:]}"}
+    finally:
+        worker.kill()
+    if answer is None or answer["problem"]:
+        starter.close()
+        raise UsageError((answer or {}).get("problem") or f"the check of models took over {CHECK_TIMEOUT_S:g} s")
 
 
 def _refuse_without_driver() -> None:

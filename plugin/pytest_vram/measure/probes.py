@@ -1,4 +1,4 @@
-"""Small worker tasks: the canary that tries CUDA in a worker, and the estimate of one case."""
+"""Small worker tasks: the canary that tries CUDA in a worker, the check of architectures, the estimate of one case."""
 
 from dataclasses import asdict
 from typing import Any
@@ -36,6 +36,18 @@ def canary(job: Message, reporter: Reporter) -> None:
         cudnn=str(torch.backends.cudnn.version()),
         reserved_bytes=torch.cuda.memory_reserved(),
     )
+
+
+def check_models(job: Message, reporter: Reporter) -> None:
+    """Tell what of these architectures cannot be built, by the model's file or name, or None."""
+    from pytest_vram.pipelines.build import architecture_problem
+
+    problem = None
+    for document in job["models"]:
+        model = Model.model_validate(document)
+        if problem is None and (found := architecture_problem(model)):
+            problem = f"{model.source or model.name}: {found}"
+    reporter.ask("done", problem=problem)
 
 
 def estimate(job: Message, reporter: Reporter) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate import init_empty_weights
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import NOT_MEASURED, Component, Model
-from pytest_vram.errors import UsageError
+from pytest_vram.errors import UsageError, unknown
 from pytest_vram.pipelines.tokenizer import StandInTokenizer
 
 PROMPT = "a bowl of ramen with a soft-boiled egg, photographed from above"
@@ -53,10 +54,56 @@ def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module
     return network
 
 
+def architecture_problem(model: Model) -> str | None:
+    """What of an architecture diffusers or transformers could not build, as `key: what is right`, or None.
+
+    Of the user's own files also what those would pass over: keys of a configuration that its class does not take, and
+    a number of parameters that is not the network's.
+    """
+    try:
+        pipeline_class(model)
+    except UsageError as error:
+        return f"pipeline: {error}"
+    scheduler = getattr(diffusers, model.scheduler.class_name, None)
+    if not isinstance(scheduler, type):
+        return f"scheduler.class: {_unknown_class('diffusers', model.scheduler.class_name)}"
+    for name, component in model.components.items():
+        at = f"components.{name}"
+        try:
+            cls = _network_class(component)
+        except UsageError as error:
+            return f"{at}.class: {error}"
+        if model.source is None:
+            continue
+        known = _known_keys(cls, component.library)
+        for key in component.config:
+            if known and key not in known:
+                return f"{at}.config: {unknown(f'key of {component.class_name}', key, known)}"
+        try:
+            count = sum(parameter.numel() for parameter in build_component(component, torch.float32).parameters())
+        except Exception as error:  # whatever a class thinks of its configuration
+            return f"{at}.config: {component.class_name} refuses it: {' '.join(str(error).split())[:300]}"
+        if component.parameters not in (None, count):
+            return f"{at}.parameters: is {component.parameters}, and the configuration makes {count}"
+    return None
+
+
+def _known_keys(cls: Any, library: str) -> set[str]:
+    if library == "diffusers":
+        return set(inspect.signature(cls.__init__).parameters) - {"self"}
+    return {*cls.config_class().to_dict(), *inspect.signature(cls.config_class.__init__).parameters} - {"self"}
+
+
+def _unknown_class(library: str, name: str) -> str:
+    near = get_close_matches(name, dir(diffusers if library == "diffusers" else transformers), n=1, cutoff=0.8)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{library} {_version(library)} has no {name}{hint}"
+
+
 def _network_class(component: Component) -> Any:
     cls = getattr(diffusers if component.library == "diffusers" else transformers, component.class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-        raise UsageError(f"{component.library} {_version(component.library)} has no network {component.class_name}")
+        raise UsageError(_unknown_class(component.library, component.class_name))
     return cls
 
 
@@ -193,7 +240,7 @@ def pipeline_class(model: Model) -> Any:
     """
     cls = getattr(diffusers, model.pipeline, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
-        raise UsageError(f"diffusers {diffusers.__version__} has no pipeline {model.pipeline}")
+        raise UsageError(_unknown_class("diffusers", model.pipeline))
     return cls
 
 
