@@ -21,7 +21,7 @@ from pytest_vram.compare.timing import MORE_WORKERS, WORKERS, decide, wants_more
 
 SLOWDOWNS = (1.0, 1.05, 1.1, 1.25)
 MACHINES = [(0.005, 0.0), (0.01, 0.0), (0.02, 0.0), (0.04, 0.0), (0.08, 0.0), (0.15, 0.0), (0.02, 0.2), (0.1, 0.3)]
-RELATIVE = DEFAULTS.time.relative or 0.0
+RELATIVE, ABSOLUTE_S = DEFAULTS.time.relative or 0.0, DEFAULTS.time.absolute_s or 0.0
 
 
 def worker(spread: float, outliers: float, slowdown: float = 1.0) -> float:
@@ -36,11 +36,11 @@ def verdicts(spread: float, outliers: float, slowdown: float) -> tuple[bool, boo
         return False, False
     base = [worker(spread, outliers) for _ in range(WORKERS)]
     head = [worker(spread, outliers, slowdown) for _ in range(WORKERS)]
-    three = decide(base, head, RELATIVE, 0.01) == "worse"
-    if wants_more(base, head, RELATIVE, 0.01):
+    three = decide(base, head, RELATIVE, ABSOLUTE_S) == "worse"
+    if wants_more(base, head, RELATIVE, ABSOLUTE_S):
         base += [worker(spread, outliers) for _ in range(MORE_WORKERS)]
         head += [worker(spread, outliers, slowdown) for _ in range(MORE_WORKERS)]
-    return three, decide(base, head, RELATIVE, 0.01) == "worse"
+    return three, decide(base, head, RELATIVE, ABSOLUTE_S) == "worse"
 
 
 def main() -> None:

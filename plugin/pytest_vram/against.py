@@ -1,7 +1,7 @@
 """A sweep against a base: from `--vram-compare` to the verdict, with fresh workers for the times that look slower."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from pytest_vram.cases.thresholds import Limits, Thresholds, read_project
 from pytest_vram.compare.comparing import check_comparable, compare, compare_case, flagged
 from pytest_vram.compare.comparison import CaseComparison, Comparison, comparison_json
 from pytest_vram.compare.finding import Like, find_run
-from pytest_vram.compare.keys import identity_difference
+from pytest_vram.compare.keys import case_difference, hard_differences, identity_difference
 from pytest_vram.compare.timing import MORE_WORKERS, WORKERS, Again, medians, wants_more
-from pytest_vram.errors import NotComparable, UsageError, VramError
+from pytest_vram.errors import UsageError, VramError
 from pytest_vram.measure.again import Checkout, NotMeasured, other_checkout, this_checkout
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import Record, Run
@@ -35,24 +35,34 @@ class Base:
     """The run that this one is compared with, found and checked before the first case."""
 
     def __init__(
-        self, options: BaseOptions, head: Run, results: Path, root: Path, tables: Iterable[Thresholds]
+        self,
+        options: BaseOptions,
+        head: Run,
+        results: Path,
+        root: Path,
+        thresholds: Mapping[str, Thresholds],
+        resumed: Path | None = None,
     ) -> None:
-        """`head` is this run, without records; `tables` are the thresholds of the matrices.
+        """`head` is this run, without records, and `resumed` its file where it goes on with one; `thresholds` are those
+        of the matrix that planned a case, by its id.
 
         Raises:
             UsageError: where there is no such base, it is not comparable, or its checkout is not what it should be.
         """
         self.options, self.root = options, root
-        self.limits = Limits([read_project(root), *tables])
+        self.limits = Limits([read_project(root)], thresholds)
         self.checkout: Checkout | None = None
         try:
-            like = Like(head.environment.get("gpu"), head.options.get("device"), head.sweep, across=options.across)
+            this = ReadRun(resumed or Path("this run"), head)
+            like = Like.run(this, options.across)
             self.run = find_run(options.name, results, root, like)
-            check_comparable(self.run, ReadRun(Path("this run"), head), options.across)
+            check_comparable(self.run, this, options.across)
         except VramError as error:
             raise UsageError(f"--vram-compare: {str(error).replace('--across', '--vram-across')}") from error
         if options.checkout is not None:
-            commit = self.run.run.environment.get("commit")
+            commit, dirty = (self.run.run.environment.get(key) for key in ("commit", "dirty"))
+            if dirty:
+                raise UsageError("--vram-base-checkout: the base was run with changes that no commit has; make it anew")
             self.checkout = other_checkout(options.checkout, root, commit if isinstance(commit, str) else None)
 
     def check_cases(self, ids: Set[str], cases: Mapping[str, AnyCase]) -> None:
@@ -106,27 +116,59 @@ class Base:
         assert self.checkout is not None
         sides = {"base": self.checkout, "head": this_checkout(self.root)}
         found: dict[str, dict[str, list[Record]]] = {id: {"base": [], "head": []} for id in tests}
-        wanted = list(tests)
+        wanted, notes = list(tests), []
         for turn in range(WORKERS + MORE_WORKERS):
             if turn == WORKERS:
                 wanted = [id for id in wanted if self._wants_more(id, models[id], found[id])]
-            if not wanted:
-                break
             for side in ("base", "head") if turn % 2 == 0 else ("head", "base"):
+                if not wanted:
+                    break
                 say(f"{len(wanted)} cases again, turn {turn + 1}: {side}")
-                checkout = sides[side]
                 try:
-                    nodes = [tests[id] for id in wanted]
-                    records = checkout.measure(nodes, options(checkout.root), folder / side, timeout_s * len(wanted))
+                    self._take(sides[side], side, tests, wanted, found, options, folder / side, timeout_s)
                 except NotMeasured as error:
-                    return {}, [f"the {side} could not be measured again: {error}"]
-                for record in records:
-                    if record.id in found and record.status == "ok":
-                        found[record.id][side].append(record)
+                    notes.append(f"the {side} could not be measured again: {error}")
+                    wanted = []
         again = {id: Again(both["base"], both["head"]) for id, both in found.items()}
         whole = {id: one for id, one in again.items() if min(len(medians(one.base)), len(medians(one.head))) >= WORKERS}
-        lost = [f"{id} could not be measured again on both sides" for id in again if id not in whole]
-        return whole, lost
+        lost = [id for id in again if id not in whole]
+        if lost and not notes:
+            notes.append(f"not measured again on both sides: {', '.join(lost[:5])}{' ...' if lost[5:] else ''}")
+        return whole, notes
+
+    def _take(
+        self,
+        checkout: Checkout,
+        side: str,
+        tests: Mapping[str, str],
+        wanted: list[str],
+        found: Mapping[str, Mapping[str, list[Record]]],
+        options: Callable[[Path], Sequence[str]],
+        folder: Path,
+        timeout_s: float,
+    ) -> None:
+        """One turn of one side; tests that it does not have are no longer `wanted`.
+
+        Raises:
+            NotMeasured: when nothing came of it, or it was measured with something else than the base's run.
+        """
+        told = options(checkout.root)
+        try:
+            run = checkout.measure([tests[id] for id in wanted], told, folder, timeout_s * len(wanted))
+        except NotMeasured as error:
+            left = [id for id in wanted if tests[id] not in error.unknown]
+            if not error.unknown or not left:
+                raise
+            wanted[:] = left
+            run = checkout.measure([tests[id] for id in wanted], told, folder, timeout_s * len(wanted))
+        other = [d for d in hard_differences(self.run.run, run) if d.key not in self.options.across]
+        if other:
+            raise NotMeasured(f"{other[0].key} is {other[0].head} there, and {other[0].base} in the base's run")
+        known = {record.id: record for record in self.run.records}
+        for record in run.records:
+            same = record.id in known and case_difference(known[record.id], record, self.options.across) is None
+            if record.id in found and same and record.status == "ok":
+                found[record.id][side].append(record)
 
     def _wants_more(self, id: str, model: str, both: Mapping[str, Sequence[Record]]) -> bool:
         limit = self.limits.of("time", model, id)
@@ -141,7 +183,11 @@ class Base:
 
 
 def save(comparison: Comparison, run_path: Path) -> Path:
-    """Write the comparison as JSON and Markdown, and into GitHub's step summary; gives the JSON file's path."""
+    """Write the comparison as JSON and Markdown, and into GitHub's step summary; gives the JSON file's path.
+
+    Raises:
+        UsageError: naming what cannot be written.
+    """
     path = run_path.parent / FOLDER / run_path.name
     text = as_markdown(comparison)
     try:
@@ -152,5 +198,5 @@ def save(comparison: Comparison, run_path: Path) -> Path:
             with Path(summary).open("a", encoding="utf-8") as file:
                 file.write(text)
     except OSError as error:
-        raise NotComparable(f"the comparison could not be written: {error.filename}: {error.strerror}") from error
+        raise UsageError(f"--vram-compare: {error.filename} cannot be written: {error.strerror}") from error
     return path

@@ -247,6 +247,8 @@ def compare(
     from pytest_vram.report.comparing import as_markdown, table
 
     if head is None:
+        if not Path(base).is_file():
+            raise UsageError(f"{base}: is no saved comparison; to compare two runs give BASE and HEAD")
         found = read_comparison(Path(base))
         found = found.model_copy(update={"strict": found.strict or strict})
     else:

@@ -117,6 +117,7 @@ def _options(config: pytest.Config) -> Options:
         estimate=not config.getoption("--vram-no-estimate"),
         base=_base_options(config, names("across") or ()),
         tests=tuple(_readable_argument(argument, config) for argument in config.args),
+        selection=_selection(config),
         allow_shared=config.getoption("--vram-allow-shared"),
         name_host=config.getoption("--vram-name-host"),
     )
@@ -129,7 +130,11 @@ def _base_options(config: pytest.Config, across: tuple[str, ...]) -> BaseOptions
 
     name, checkout = config.getoption("--vram-compare"), config.getoption("--vram-base-checkout")
     if not name:
-        given = {"base-checkout": checkout, "across": across, "strict": config.getoption("--vram-strict")}
+        given = (
+            {}
+            if name == ""
+            else {"base-checkout": checkout, "across": across, "strict": config.getoption("--vram-strict")}
+        )
         if needless := next((option for option, value in given.items() if value), None):
             raise UsageError(f"--vram-{needless}: says how to compare; give --vram-compare too, or leave it out")
         return None
@@ -139,6 +144,12 @@ def _base_options(config: pytest.Config, across: tuple[str, ...]) -> BaseOptions
         across=tuple(known_key(key, "--vram-across") for key in across),
         strict=config.getoption("--vram-strict"),
     )
+
+
+def _selection(config: pytest.Config) -> dict[str, Any]:
+    """pytest's options that leave tests out, where they are given."""
+    names = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf")
+    return {name: value for name in names if (value := getattr(config.option, name, None))}
 
 
 def _readable_argument(argument: str, config: pytest.Config) -> str:
@@ -388,7 +399,13 @@ class Manager:
         own = [item for item in session.items if _is_own(item)]
         if self.config.getoption("--vram-device") == "meta" or self.under_xdist:
             own = []
-        if not (plans or own) or self.config.option.collectonly:
+        if self.config.option.collectonly:
+            return
+        if not (plans or own):
+            if self.config.getoption("--vram-compare") and not self.under_xdist:
+                raise pytest.UsageError(
+                    "--vram-compare: nothing is measured here (--gpu?), so there is nothing to compare"
+                )
             return
         from pytest_vram.cases.models import names_with_aliases
         from pytest_vram.errors import VramError
@@ -399,6 +416,7 @@ class Manager:
             self.terminal.write_line(f"vram: {len(plans) + len(own)} cases; {first}")
         try:
             node_ids = [item.nodeid for item in own]
+            self.sweep().case_ids = {item.nodeid: plan.case.id for item in session.items if (plan := _plan(item))}
             self.sweep().start(plans, node_ids, keep_journal=not self.under_xdist, deselected=self.deselected)
         except VramError as error:
             raise pytest.UsageError(str(error)) from error
@@ -432,13 +450,16 @@ class Manager:
         found = properties(record)
         if self.session is not None:
             self.session.node_ids[record.id] = item.nodeid
-            if self.session.base and (compared := self.session.base.so_far(record)):
+            compared = self.session.base.so_far(record) if self.session.base else None
+            if compared and compared.verdict != "ambiguous":  # that is a time, of which the last word comes later
                 found["vram.compared"] = compared.verdict
         item.user_properties += found.items()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         documents = getattr(report, "vram", None)
+        if report.skipped and documents is None and self.session is not None:
+            self.session.skip(report.nodeid)
         if documents is None or self.under_xdist:
             return
         from pytest_vram.errors import UsageError
@@ -498,14 +519,19 @@ class Manager:
         assert self.session is not None
         try:
             self.session.compare(self.interrupted)
+        except KeyboardInterrupt:
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
         except VramError as error:
-            self.problem = f"no verdict: {error}"
-            session.exitstatus = session.exitstatus or pytest.ExitCode.USAGE_ERROR
+            self.problem = str(error)
         comparison = self.session.comparison
+        if comparison is not None and comparison.failed:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        if self.session.undecided:
+            self.problem = self.problem or f"no verdict on times that look slower: {self.session.undecided}"
+        if self.problem:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.USAGE_ERROR
         if comparison is None:
             return
-        if comparison.failed:
-            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
         for plugin in self.config.pluginmanager.get_plugins():
             if tell := getattr(plugin, "add_global_property", None):  # JUnit's
                 for word, count in comparison.counts().items():

@@ -15,6 +15,7 @@ from pytest_vram.compare.comparison import Comparison
 from pytest_vram.compare.timing import WORKERS, Again
 from pytest_vram.errors import UsageError
 from pytest_vram.measure import environment
+from pytest_vram.measure.again import top_of
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.exactness import References
@@ -51,6 +52,7 @@ class Options:
     estimate: bool = True
     base: BaseOptions | None = None
     tests: tuple[str, ...] = ()
+    selection: Mapping[str, Any] = field(default_factory=dict)  # pytest's own options that leave tests out
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,16 @@ class SweepSession:
         self.expected: set[str] = set()
         self.run_path: Path | None = None
         self.spent_s = 0.0
+        self.complete = False
+        self.undecided = ""  # why times that look slower have no verdict, although a base checkout was given
         self.others_aliases: dict[str, list[str]] = {}
         self.base: Base | None = None
         self.comparison: Comparison | None = None
         self.comparison_path: Path | None = None
         self.node_ids: dict[str, str] = {}  # of the tests, by case id
+        self.case_ids: dict[str, str] = {}  # of what a sweep planned, by node id
         self._plans: dict[Path, list[Plan]] = {}
-        self._thresholds: list[Thresholds] = []
+        self._thresholds: dict[str, Thresholds] = {}  # of the matrix that planned a case, by its id
         self._deselected: list[str] = []
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
 
@@ -98,7 +103,7 @@ class SweepSession:
         matrix = self.options.matrix or (beside if beside.is_file() else PACKAGED_MATRIX)
         if matrix not in self._plans:
             self._plans[matrix] = self._read(matrix)
-            self._thresholds.append(read_thresholds(matrix))
+            self._thresholds |= dict.fromkeys((p.case.id for p in self._plans[matrix]), read_thresholds(matrix))
         return self._plans[matrix]
 
     def _read(self, matrix: Path) -> list[Plan]:
@@ -158,7 +163,9 @@ class SweepSession:
             ids = [plan.case.id for plan in self.planned]
             twice = next(name for name in ids if ids.count(name) > 1)
             raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
+        own = list(own)
         self.expected |= {self._own_case(*_split(node_id)).id for node_id in own}
+        self._read_own_thresholds(own)
         left_out = {plan.case.id for plans in self._plans.values() for plan in plans}
         left_out |= {self._own_case(*_split(node_id)).id for node_id in deselected}
         self._deselected = sorted(left_out - self.expected)
@@ -196,6 +203,14 @@ class SweepSession:
             self.estimates.finish(options.settings.timeout_s, self.say)
         self.first_case_began = time.monotonic()
 
+    def _read_own_thresholds(self, own: Iterable[str]) -> None:
+        """Those of the matrix beside a test with a pipeline of its own, or of the one that was named."""
+        for node_id in own if self.options.base else ():
+            beside = self.root / _split(node_id)[0]
+            matrix = self.options.matrix or beside.parent / "matrix.toml"
+            if self.options.matrix or matrix.is_file():
+                self._thresholds[self._own_case(*_split(node_id)).id] = read_thresholds(matrix)
+
     def _check_images_folder(self) -> None:
         folder = self.options.settings.save_images
         try:
@@ -215,7 +230,7 @@ class SweepSession:
             return self.journal
         options = self.options
         run = self._described(facts)
-        folder = options.results / {"meta": "estimated", "cpu": "cpu"}.get(options.device, slug(facts.get("gpu", "")))
+        folder = self._folder(facts)
         path = None
         if options.resume:
             path, records = self._resumable(folder, run)
@@ -223,6 +238,11 @@ class SweepSession:
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
         self.journal = Journal(path or new_path(folder, run.environment), run)
         return self.journal
+
+    def _folder(self, facts: Mapping[str, Any]) -> Path:
+        """Where the runs of this device go."""
+        device = self.options.device
+        return self.options.results / {"meta": "estimated", "cpu": "cpu"}.get(device, slug(facts.get("gpu", "")))
 
     def _described(self, facts: dict[str, Any]) -> Run:
         """This run, without records. `facts` are those of the GPU."""
@@ -236,6 +256,7 @@ class SweepSession:
                 "tests": list(options.tests),
                 "overrides": {k: v if isinstance(v, int) else list(v) for k, v in vars(overrides).items() if v},
                 "deselected": self._deselected,
+                "selection": self.options.selection,
                 "workers": options.settings.workers,
                 "rounds": options.settings.rounds,
             },
@@ -247,7 +268,9 @@ class SweepSession:
         if options.base is None or self.base is not None:
             return
         self.say("the base")
-        self.base = Base(options.base, self._described(facts), options.results, self.root, self._thresholds)
+        described = self._described(facts)
+        resumed = next(iter(unfinished(self._folder(facts))), None) if options.resume else None
+        self.base = Base(options.base, described, options.results, self.root, self._thresholds, resumed)
         self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned})
 
     def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
@@ -345,6 +368,13 @@ class SweepSession:
             self.fresh.append(record)
         self.finished[record.id] = record
 
+    def skip(self, node_id: str) -> None:
+        """A test was skipped before it measured: its case is none of this run's."""
+        if node_id in self.case_ids:
+            self.expected.discard(self.case_ids[node_id])
+        elif all(_split(node_id)):
+            self.expected.discard(self._own_case(*_split(node_id)).id)
+
     def rest_s(self) -> float:
         """The expected rest of the sweep in seconds, from the cases so far."""
         left = max(0, len(self.expected) - len(self.finished))
@@ -366,6 +396,7 @@ class SweepSession:
         if self.others_aliases:
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases})
         self.run_path = self.journal.finish(complete)
+        self.complete = complete
 
     def compare(self, interrupted: bool) -> None:
         """The verdict on the finished run; times that look slower are measured again, unless somebody waits to go.
@@ -375,16 +406,23 @@ class SweepSession:
         """
         if self.base is None or self.run_path is None or self.journal is None:
             return
-        head = ReadRun(self.run_path, self.journal.run.model_copy(update={"records": self.records}))
+        update = {"records": self.records, "complete": self.complete}
+        head = ReadRun(self.run_path, self.journal.run.model_copy(update=update))
         again: dict[str, Again] = {}
         notes: list[str] = []
+        stopped = None
         try:
             if not interrupted and self.options.device != "meta":
                 again, notes = self._again(head)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
             notes = ["interrupted while times were measured again"]
         self.comparison = self.base.conclude(head, again, notes)
+        if self.base.checkout is not None and notes:
+            self.undecided = "; ".join(notes)
         self.comparison_path = save(self.comparison, self.run_path)
+        if stopped:
+            raise stopped
 
     def _again(self, head: ReadRun) -> tuple[dict[str, Again], list[str]]:
         """Fresh workers for the cases that look slower: of both sides, or of the head's alone."""
@@ -394,11 +432,16 @@ class SweepSession:
         if self.base.checkout is not None:
             models = {record.id: record.case.model for record in head.records}
             tests = {name: self.node_ids[name] for name in names if name in self.node_ids}
+            installed = [name for name in tests if self.base.checkout.shared and self._is_installed(name)]
+            tests = {name: node for name, node in tests.items() if name not in installed}
             folder = (self.run_path.parent / FOLDER / self.run_path.stem).absolute()
             timeout_s = self.options.settings.timeout_s
             again, notes = self.base.measure_again(tests, models, self._options_again, folder, timeout_s, self.say)
-            if not notes:
-                return again, notes
+            if installed:
+                notes.append(
+                    f"{installed[0]}: its pipeline is imported from outside the checkout, and would be the same on "
+                    "both sides: give the base's checkout a .venv of its own"
+                )
             names = [name for name in names if name not in again]
         else:
             again, notes = {}, []
@@ -410,13 +453,19 @@ class SweepSession:
                 again[name] = Again((), [record]) if record.status == "ok" else Again((), ())
         return {name: one for name, one in again.items() if one.head}, notes
 
+    def _is_installed(self, name: str) -> bool:
+        """Whether the functions of a test's own pipeline come from elsewhere than the checkout."""
+        _, job = self._jobs.get(name, (None, {}))
+        files = [Path(job["own"][role]["file"]) for role in ("build", "call")] if "own" in job else []
+        return any(not file.resolve().is_relative_to(top_of(self.root)) for file in files)
+
     def _options_again(self, root: Path) -> list[str]:
         """pytest's options with which a checkout measures single cases of this sweep once more."""
         options, settings, overrides = self.options, self.options.settings, self.options.overrides
         given: dict[str, Any] = {
             "device": options.device,
             "sweep": options.sweep,
-            "models": overrides.models and ",".join(overrides.models),
+            "models": overrides.models and ",".join(map(_whole_path, overrides.models)),
             "optimizations": overrides.optimizations and ",".join(overrides.optimizations),
             "resolutions": overrides.resolutions and ",".join(overrides.resolutions),
             "frames": overrides.frames and ",".join(overrides.frames),
@@ -454,6 +503,11 @@ class SweepSession:
     def records(self) -> list[Record]:
         """What the run holds now."""
         return list(self.journal.records.values()) if self.journal else []
+
+
+def _whole_path(model: str) -> str:
+    """A saved pipeline's folder from wherever it is looked for; a name or hub id as it is."""
+    return str(Path(model).resolve()) if is_folder(model) and Path(model).exists() else model
 
 
 def _is_done(record: Record) -> bool:

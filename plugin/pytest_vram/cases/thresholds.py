@@ -1,7 +1,7 @@
 """How much worse is worse: limits by metric, from pyproject.toml and the matrix; a sweep's owner may set each."""
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +42,7 @@ class TimeLimit(_Table):
     `relative` where the base could not be measured again."""
 
     relative: Share | None = None
-    absolute_s: Annotated[float, Field(gt=0, lt=1e7)] | None = None
+    absolute_s: Annotated[float, Field(strict=True, gt=0, lt=1e7)] | None = None
     stored_relative: Share | None = None
 
 
@@ -82,15 +82,17 @@ DEFAULTS = Thresholds(
 
 
 class Limits:
-    """The limits of each case, from tables of which the later go before the earlier."""
+    """The limits of each case, from tables of which the later go before the earlier; `own` are tables of single cases,
+    by id: those of the matrix that planned them."""
 
-    def __init__(self, tables: Iterable[Thresholds] = ()) -> None:
+    def __init__(self, tables: Iterable[Thresholds] = (), own: Mapping[str, Thresholds] | None = None) -> None:
         self._tables = (DEFAULTS, *tables)
+        self._own = own or {}
 
     def of(self, metric: str, model: str, id: str) -> dict[str, Any]:
         """The keys of the limit for `allocated`, `need`, `host` or `time` of one case."""
         found: dict[str, Any] = {}
-        for table in self._tables:
+        for table in (*self._tables, *([self._own[id]] if id in self._own else [])):
             parts: Sequence[_Limits] = (table, *(only for only in table.only if only.concerns(model, id)))
             for part in parts:
                 limit: BaseModel = getattr(part, metric)

@@ -14,6 +14,7 @@ they follow the pool's history, or from the need.
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import NOT_SEARCHED, Record
 
 NEED, ALLOCATED, HOST = "memory.need_bytes", "memory.allocated_peak_bytes", "memory.host_peak_bytes"
-_RANK = {"ok": 0, "oom": 1, "timeout": 2, "error": 2, "skipped": 2}
+_RANK = {"ok": 0, "oom": 1, "skipped": 2, "timeout": 3, "error": 3}
 
 
 def check_comparable(base: ReadRun, head: ReadRun, across: Collection[str] = ()) -> list[Difference]:
@@ -126,6 +127,8 @@ def compare_case(
         return CaseComparison(id=head.id, verdict=worst, changes=changes)
     rank = _RANK[head.status] - _RANK[base.status]
     verdict: Word = "worse" if rank > 0 else "better" if rank < 0 else "same"
+    if base.status == "skipped" and rank < 0:
+        verdict = "new"
     return CaseComparison(id=head.id, verdict=verdict, reason=_status(base, head))
 
 
@@ -196,11 +199,12 @@ def _left_out(base: ReadRun, head: ReadRun, missing: list[str]) -> list[str]:
     """Which of the base's cases the head did not ask for: they have not vanished."""
     if base.run.sweep != head.run.sweep or any(
         _as_written(base.run.options.get(key)) != _as_written(head.run.options.get(key))
-        for key in ("tests", "overrides")
+        for key in ("tests", "overrides", "selection")
     ):
         return missing
     deselected = head.run.options.get("deselected")
-    return [name for name in missing if isinstance(deselected, list) and name in deselected]
+    names = deselected if isinstance(deselected, list) else []
+    return [name for name in missing if name in names or re.sub(r"#\d+$", "", name) in names]  # #2: measured twice
 
 
 def _as_written(value: Any) -> str:

@@ -115,10 +115,6 @@ class Comparison(_Part):
         """Whether a merge should be stopped."""
         return any(self.counts()[word] for word in self.fails)
 
-    def sorted(self) -> list[CaseComparison]:
-        """The cases, worst first; those of one verdict as the head ran them."""
-        return sorted(self.cases, key=lambda case: ORDER.index(case.verdict))
-
 
 def read_comparison(path: Path) -> Comparison:
     """A saved comparison, which strangers may have written.

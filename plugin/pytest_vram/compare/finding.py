@@ -25,11 +25,15 @@ class Like:
     sweep: str
     path: Path | None = None
     across: Sequence[str] = ()
+    commit: str | None = None
+    narrowed: bool = False
 
     @classmethod
     def run(cls, run: ReadRun, across: Sequence[str] = ()) -> "Like":
         """The same GPU (unless that is to be compared across), device and sweep as a run, but another file."""
-        return cls(run.gpu, run.run.options.get("device"), run.run.sweep, run.path, across)
+        commit = None if run.run.environment.get("dirty") else run.run.environment.get("commit")
+        narrowed = bool(run.run.options.get("deselected"))
+        return cls(run.gpu, run.run.options.get("device"), run.run.sweep, run.path, across, commit, narrowed)
 
     def admits(self, run: ReadRun) -> bool:
         """Whether a run may be meant."""
@@ -38,6 +42,13 @@ class Like:
         gpu = "gpu" in self.across or run.gpu == self.gpu
         device = "device" in self.across or run.run.options.get("device") == self.device
         return gpu and device and run.run.sweep == self.sweep
+
+    def rank(self, run: ReadRun) -> bool:
+        """Whether `latest` rather means this run: of another commit, so that a second try is not compared with the
+        first; of all cases; and with no changes that nobody knows."""
+        environment, options = run.run.environment, run.run.options
+        other = self.commit is None or environment.get("commit") != self.commit
+        return other and not environment.get("dirty") and (self.narrowed or not options.get("deselected"))
 
     def __str__(self) -> str:
         on = f"of {self.gpu}" if self.gpu else "of estimates" if self.device == "meta" else f"of the {self.device}"
@@ -69,6 +80,8 @@ def find_run(name: str, results: Path, root: Path, like: Like | None = None) -> 
     if not found:
         kind = f" {like}" if like else ""
         raise RunFileError(f"{where} no finished run{kind}; make one, or name another base")
+    if name == LATEST and like is not None:
+        found = [run for run in found if like.rank(run)] or found
     return max(found, key=age)
 
 

@@ -112,7 +112,7 @@ def time_change(base: Record, head: Record, limit: Mapping[str, Any], again: Aga
     screened = screen(base, head, limit)
     if screened == "same":
         return change
-    if again is not None and again.base:
+    if again is not None and again.base and again.head:
         sides = medians(again.base), medians(again.head)
         found: dict[str, Any] = {
             "base": statistics.median(sides[0]),
@@ -121,9 +121,13 @@ def time_change(base: Record, head: Record, limit: Mapping[str, Any], again: Aga
             "workers": sides,
             "again": True,
         }
-        return _tempered(change.model_copy(update=found), again.base, again.head)
-    fresh = again.head if again else [head]
-    return _tempered(_stored(change, [base], fresh, limit), [base], fresh)
+        decided = _tempered(change.model_copy(update=found), again.base, again.head)
+    else:
+        fresh = again.head if again else [head]
+        decided = _tempered(_stored(change, [base], fresh, limit), [base], fresh)
+    if decided.verdict == "ambiguous" and screened == "faster":  # nobody needs to look into that
+        return decided.model_copy(update={"verdict": "same", "reason": f"faster, not decided: {decided.reason}"})
+    return decided
 
 
 def _stored(change: Change, base: Sequence[Record], head: Sequence[Record], limit: Mapping[str, Any]) -> Change:
@@ -134,6 +138,8 @@ def _stored(change: Change, base: Sequence[Record], head: Sequence[Record], limi
     if few:
         reason = f"a verdict takes {WORKERS} workers a side (--vram-workers {WORKERS}): {', '.join(few)}"
         return change.model_copy(update={"verdict": "ambiguous", "reason": reason})
+    if decide(*sides, limit["relative"], limit["absolute_s"]) == "same":
+        return change.model_copy(update={"workers": sides, "head": statistics.median(sides[1])})
     relative = max(limit["relative"], limit["stored_relative"])
     allowed = max(relative * (change.base or 0.0), limit["absolute_s"])
     verdict = decide(*sides, relative, limit["absolute_s"])

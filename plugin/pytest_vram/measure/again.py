@@ -12,8 +12,9 @@ from pathlib import Path
 
 from pytest_vram.errors import RunFileError, UsageError, VramError
 from pytest_vram.measure.environment import git_state, without_paths
+from pytest_vram.measure.worker import die_with_parent
 from pytest_vram.records.files import read_run
-from pytest_vram.records.schema import Record
+from pytest_vram.records.schema import Run
 
 START_TIMEOUT_S = 600.0  # of pytest and its imports, beside that of the cases
 # Options of the whole session, and of this one, that the measuring of single cases must not inherit.
@@ -21,19 +22,25 @@ _NOT_INHERITED = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "GITHUB_STEP_SUMMARY"
 
 
 class NotMeasured(VramError):
-    """A checkout could not be measured again; the message says why."""
+    """A checkout could not be measured again; the message says why. `unknown` are node ids that it does not have."""
+
+    def __init__(self, message: str, unknown: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.unknown = unknown
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """A working copy: pytest's rootdir in it, the interpreter, and PYTHONPATH."""
+    """A working copy: pytest's rootdir in it, the interpreter, and PYTHONPATH. `shared` says that the interpreter is
+    the head's too, so that what is installed in it is the same for both."""
 
     root: Path
     python: str
     python_path: str
+    shared: bool = True
 
-    def measure(self, node_ids: Sequence[str], options: Sequence[str], results: Path, timeout_s: float) -> list[Record]:
-        """Run these tests with these options: their records.
+    def measure(self, node_ids: Sequence[str], options: Sequence[str], results: Path, timeout_s: float) -> Run:
+        """Run these tests with these options: their run.
 
         Raises:
             NotMeasured: when no run came of it.
@@ -53,6 +60,7 @@ class Checkout:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=die_with_parent,
                 )
             except OSError as error:
                 raise NotMeasured(f"{self.python} could not be started: {error.strerror}") from error
@@ -69,22 +77,24 @@ class Checkout:
             said = output.read()
         made = sorted(set(results.glob("*/*.json")) - before)
         if not made:
-            raise NotMeasured(f"pytest ended with {process.returncode}: {_last_line(said)}")
+            missing = [line for line in said.splitlines() if "not found: " in line]
+            unknown = [node for node in node_ids if any(line.endswith(f"/{node}") for line in missing)]
+            raise NotMeasured(f"pytest ended with {process.returncode}: {_last_line(said)}", unknown)
         try:
-            return read_run(made[-1]).records
+            return read_run(made[-1])
         except RunFileError as error:
             raise NotMeasured(str(error)) from error
 
 
 def _last_line(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
+    errors = [line for line in lines if "error: " in line] or [line for line in lines if line.startswith("ERROR")]
     return without_paths((errors or lines or ["it said nothing"])[-1])[:500]
 
 
 def this_checkout(root: Path) -> Checkout:
     """The working copy that is measured now."""
-    top = _top(root)
+    top = top_of(root)
     return Checkout(root, sys.executable, _python_path(top, top, _relative_paths(top)))
 
 
@@ -100,7 +110,7 @@ def other_checkout(folder: Path, root: Path, commit: str | None) -> Checkout:
     option = "--vram-base-checkout"
     if not folder.is_dir():
         raise UsageError(f"{option}: {folder} is no folder; give a checkout of the base's commit")
-    folder, top = folder.resolve(), _top(root)
+    folder, top = folder.resolve(), top_of(root)
     if folder == top or folder == root.resolve():
         raise UsageError(f"{option}: {folder} is the checkout that is measured; give one of the base's commit")
     base = folder / root.resolve().relative_to(top)
@@ -108,15 +118,17 @@ def other_checkout(folder: Path, root: Path, commit: str | None) -> Checkout:
     found, dirty = git_state(base)
     if commit and found and not (found.startswith(commit) or commit.startswith(found)):
         raise UsageError(f"{option}: {folder} is at {found}, the base's run was made at {commit}; check that out")
+    if commit is None and found:
+        raise UsageError(f"{option}: the base's run does not name the commit that it was made from; make it anew")
     if dirty:
         raise UsageError(f"{option}: {folder} has changes that are not committed; check {commit or 'it'} out anew")
     own = folder / ".venv" / "bin" / "python"
     if own.exists():
-        return Checkout(base, str(own), _python_path(top, folder, []))
+        return Checkout(base, str(own), _python_path(top, folder, []), shared=False)
     return Checkout(base, sys.executable, _python_path(top, folder, _relative_paths(top)))
 
 
-def _top(root: Path) -> Path:
+def top_of(root: Path) -> Path:
     """The top folder of the working copy that `root` is in, or `root` where there is no git."""
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel"]
     with suppress(OSError, subprocess.SubprocessError):
