@@ -1,7 +1,7 @@
 """What the same commit gives again and again: python bench/same_commit.py RUN RUN…
 
 Runs of one commit, sweep and GPU: every pair is compared with the default limits. Prints the verdicts of all pairs, and
-by metric the spread of its figures, as shares and as absolute differences, beside the limit.
+by metric the spread of its figures, as shares and as absolute differences.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def figures(record: Record) -> dict[str, float]:
         if cost.allocated_peak_bytes:
             sizes[f"{phase} MiB"] = cost.allocated_peak_bytes / MIB
     if record.time.median_s:
-        bound = "host-bound" if host_bound(record) else "GPU-bound"
+        bound = {True: "host-bound", False: "GPU-bound", None: "not known"}[host_bound(record)]
         sizes[f"call ms, {bound}"] = record.time.median_s * 1000
         workers = [worker.median_s * 1000 for worker in record.time.workers]
         if len(workers) > 1:

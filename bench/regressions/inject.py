@@ -97,6 +97,8 @@ def main() -> None:
             code, seconds, output = pytest(head, f"--vram-compare={base_run}", *checkout, *options)
             saved = max(head.glob("results/*/comparisons/*.json"), key=lambda path: path.stat().st_mtime)
             comparison = json.loads(saved.read_text(encoding="utf-8"))
+            if again and any("could not be measured again" in note for note in comparison["notes"]):
+                sys.exit(output)
             found[what] = {"exit_code": code, "seconds": seconds, "comparison": comparison}
             print(f"== {what}: exit {code}, {seconds:.0f} s\n{output.split('compared with the base')[-1]}", flush=True)
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
