@@ -130,12 +130,9 @@ def _base_options(config: pytest.Config, across: tuple[str, ...]) -> BaseOptions
 
     name, checkout = config.getoption("--vram-compare"), config.getoption("--vram-base-checkout")
     if not name:
-        given = (
-            {}
-            if name == ""
-            else {"base-checkout": checkout, "across": across, "strict": config.getoption("--vram-strict")}
-        )
-        if needless := next((option for option, value in given.items() if value), None):
+        given = {"base-checkout": checkout, "across": across, "strict": config.getoption("--vram-strict")}
+        needless = next((option for option, value in given.items() if value), None)
+        if needless and name is None:  # an empty one turns off what pytest.ini asks for
             raise UsageError(f"--vram-{needless}: says how to compare; give --vram-compare too, or leave it out")
         return None
     return BaseOptions(
@@ -404,7 +401,7 @@ class Manager:
         if not (plans or own):
             if self.config.getoption("--vram-compare") and not self.under_xdist:
                 raise pytest.UsageError(
-                    "--vram-compare: nothing is measured here (--gpu?), so there is nothing to compare"
+                    "--vram-compare: nothing is measured here, so there is nothing to compare; --gpu?"
                 )
             return
         from pytest_vram.cases.models import names_with_aliases

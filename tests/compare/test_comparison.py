@@ -82,12 +82,8 @@ def test_what_fails(words: Sequence[Word], fails: bool, strictly: bool) -> None:
     assert a_comparison(*words, strict=True).failed is strictly
 
 
-def test_each_verdict_is_counted_and_the_worst_come_first_as_the_head_ran_them() -> None:
-    found = a_comparison(*ORDER[::-1], *ORDER)
-    assert found.counts() == dict.fromkeys(ORDER, 2)
-    assert [case.id for case in found.sorted()] == [
-        f"{n}/{word}" for n, word in enumerate(ORDER) for n in (6 - n, 7 + n)
-    ]
+def test_each_verdict_is_counted() -> None:
+    assert a_comparison(*ORDER[::-1], *ORDER).counts() == dict.fromkeys(ORDER, 2)
 
 
 def everything() -> Comparison:

@@ -125,11 +125,14 @@ def compare_case(
         verdicts = [change.verdict for change in changes if change.verdict != "not comparable"]
         worst = min(verdicts, key=ORDER.index, default="same")
         return CaseComparison(id=head.id, verdict=worst, changes=changes)
+    return CaseComparison(id=head.id, verdict=_by_status(base, head), reason=_status(base, head))
+
+
+def _by_status(base: Record, head: Record) -> Word:
     rank = _RANK[head.status] - _RANK[base.status]
-    verdict: Word = "worse" if rank > 0 else "better" if rank < 0 else "same"
-    if base.status == "skipped" and rank < 0:
-        verdict = "new"
-    return CaseComparison(id=head.id, verdict=verdict, reason=_status(base, head))
+    if "skipped" in (base.status, head.status) and rank < 0:  # it ran for the first time, or failed and runs no more
+        return "new" if base.status == "skipped" else "same"
+    return "worse" if rank > 0 else "better" if rank < 0 else "same"
 
 
 def _status(base: Record, head: Record) -> str:
@@ -208,8 +211,8 @@ def _left_out(base: ReadRun, head: ReadRun, missing: list[str]) -> list[str]:
 
 
 def _as_written(value: Any) -> str:
-    """A value as a file has it: a session's may be tuples."""
-    return json.dumps(value, sort_keys=True)
+    """A value as a file has it: a session's may be tuples, and what is empty an older file lacks."""
+    return json.dumps(value or None, sort_keys=True)
 
 
 def _notes(base: ReadRun, head: ReadRun, cases: list[CaseComparison], left_out: set[str]) -> Iterator[str]:
