@@ -358,8 +358,8 @@ def test_a_killed_worker_costs_its_own_case(
     project: pytest.Pytester, started: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     process = started()
-    worker = wait_for(lambda: worker_of(process))
-    worker.kill()
+    worker = wait_for(lambda: (found := worker_of(process)) and time.time() - found.create_time() > 1 and found)
+    worker.kill()  # not that which checks the models, in an instant
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == pytest.ExitCode.TESTS_FAILED
     assert "killed by signal 9" in output

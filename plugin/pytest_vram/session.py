@@ -477,9 +477,8 @@ class SweepSession:
             "timeout": int(settings.timeout_s),
         }
         if options.matrix is not None:
-            matrix = options.matrix.resolve()
-            top = self.root.resolve()
-            given["matrix"] = root / matrix.relative_to(top) if matrix.is_relative_to(top) else matrix
+            matrix, top = options.matrix.resolve(), top_of(self.root)
+            given["matrix"] = top_of(root) / matrix.relative_to(top) if matrix.is_relative_to(top) else matrix
         said = [f"--vram-{name}={value}" for name, value in given.items() if value]
         flags = ["--vram-no-need", "--vram-no-estimate", "--vram-compare="]
         return said + flags + (["--vram-allow-shared"] if options.allow_shared else [])

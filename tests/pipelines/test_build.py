@@ -81,7 +81,7 @@ def test_what_loading_keeps_in_fp32_stays_in_fp32() -> None:
 
 def test_a_class_that_the_library_lacks_is_named(tiny: Model) -> None:
     component = tiny.components["unet"].model_copy(update={"class_name": "NoSuchNet"})
-    with pytest.raises(UsageError, match=r"diffusers .* has no network NoSuchNet"):
+    with pytest.raises(UsageError, match=r"diffusers .* has no NoSuchNet"):
         build_component(component, torch.float16)
 
 

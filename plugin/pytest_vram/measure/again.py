@@ -1,6 +1,7 @@
 """Cases measured again in fresh workers, each side from its own checkout: `pytest` of both in turn."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,8 +78,8 @@ class Checkout:
             said = output.read()
         made = sorted(set(results.glob("*/*.json")) - before)
         if not made:
-            missing = [line for line in said.splitlines() if "not found: " in line]
-            unknown = [node for node in node_ids if any(line.endswith(f"/{node}") for line in missing)]
+            missing = tuple(line for line in said.splitlines() if "not found: " in line)
+            unknown = [node for node in node_ids if any(_names(line, node) for line in missing)]
             raise NotMeasured(f"pytest ended with {process.returncode}: {_last_line(said)}", unknown)
         try:
             return read_run(made[-1])
@@ -86,10 +87,19 @@ class Checkout:
             raise NotMeasured(str(error)) from error
 
 
+def _names(line: str, node_id: str) -> bool:
+    """Whether pytest says of this test that it is not there; it leaves parameters out."""
+    test = node_id.split("[")[0]
+    return re.search(rf"[/ ]{re.escape(test)}(\[.*)?$", line) is not None
+
+
 def _last_line(output: str) -> str:
+    """What says most of why pytest failed: argparse's complaint, an exception, or its own last word."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if "error: " in line] or [line for line in lines if line.startswith("ERROR")]
-    return without_paths((errors or lines or ["it said nothing"])[-1])[:500]
+    for pattern in (r".*error: ", r"E  ", r"ERROR .* - ", r"ERROR"):
+        if found := [line for line in lines if re.match(pattern, line)]:
+            return without_paths(found[-1])[:500]
+    return without_paths((lines or ["it said nothing"])[-1])[:500]
 
 
 def this_checkout(root: Path) -> Checkout:
@@ -139,7 +149,9 @@ def top_of(root: Path) -> Path:
 
 def _relative_paths(top: Path) -> list[Path]:
     """Where Python imports from in this working copy, as seen from its top; not its virtual environment."""
-    prefixes = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
+    prefixes = [
+        prefix for name in (sys.prefix, sys.base_prefix) if (prefix := Path(name).resolve()).is_relative_to(top)
+    ]
     found = [Path(entry or ".").resolve() for entry in sys.path]
     inside = [p for p in found if p.is_relative_to(top) and not any(p.is_relative_to(prefix) for prefix in prefixes)]
     return [path.relative_to(top) for path in dict.fromkeys(inside)]
