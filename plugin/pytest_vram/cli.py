@@ -244,10 +244,11 @@ def compare(
     With one argument a comparison that was saved is shown again.
     """
     from pytest_vram.compare.comparison import comparison_json, read_comparison
+    from pytest_vram.compare.finding import is_file
     from pytest_vram.report.comparing import as_markdown, table
 
     if head is None:
-        if not Path(base).is_file():
+        if not is_file(base):
             raise UsageError(f"{base}: is no saved comparison; to compare two runs give BASE and HEAD")
         found = read_comparison(Path(base))
         found = found.model_copy(update={"strict": found.strict or strict})

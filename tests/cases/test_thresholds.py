@@ -67,6 +67,22 @@ def test_later_tables_go_before_earlier_key_by_key() -> None:
     assert of(second, first) == {"relative": 0.1, "absolute": MIB}
 
 
+def test_the_table_of_a_single_case_goes_last() -> None:
+    first = table(allocated={"relative": 0.1, "absolute": "1MiB"}, only=[{"ids": ["*"], "host": {"relative": 0.1}}])
+    own = table(
+        allocated={"relative": 0.2},
+        only=[{"models": ["sdxl"], "need": {"relative": 0.3}}, {"models": ["sd"], "need": {"relative": 0.4}}],
+    )
+    both = Limits([first, table(allocated={"relative": 0.9})], {ID: own, "other": table(host={"relative": 0.5})})
+    assert both.of("allocated", "sdxl", ID) == {"relative": 0.2, "absolute": MIB}
+    assert both.of("need", "sdxl", ID)["relative"] == 0.3
+    assert both.of("host", "sdxl", ID)["relative"] == 0.1
+    assert both.of("host", "sdxl", "other")["relative"] == 0.5
+    for id in ("sdxl", f"{ID}#2", ID.upper(), f"{ID}*", "*", ""):
+        assert both.of("allocated", "sdxl", id) == {"relative": 0.9, "absolute": MIB}
+    assert Limits([first], {}).of("allocated", "sdxl", ID) == Limits([first]).of("allocated", "sdxl", ID)
+
+
 def test_what_is_said_of_some_cases_goes_before_what_its_table_says_of_all() -> None:
     some = table(
         allocated={"relative": 0.1, "absolute": "1MiB"},
@@ -112,6 +128,30 @@ def test_limits_of_some_models_and_ids(only: dict[str, Any], concerned: bool) ->
 def test_the_id_of_a_parametrized_test_is_a_pattern_of_itself() -> None:
     id = "tests/test_app.py::test_painter[fp16-1]"
     assert of(table(only=[{"ids": [id], "host": {"relative": 0.5}}]), metric="host", id=id)["relative"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "id", "matches"),
+    [
+        ("t[a]", "t[a]", True),
+        ("t[a]", "ta", False),
+        ("t[!a]", "tb", False),
+        ("t[!a]", "t[!a]", True),
+        ("t[a-c]", "tb", False),
+        ("t[*]", "t[fp16-1]", True),
+        ("t[*]", "t*", False),
+        ("t[?]", "t[a]", True),
+        ("t[?]", "t[ab]", False),
+        ("*[a]", "x::t[a]", True),
+        ("[[]", "[[]", True),
+        ("[[]", "[", False),
+        ("[", "[", True),
+        ("t[a][b]", "t[a][b]", True),
+    ],
+)
+def test_a_bracket_is_a_bracket(pattern: str, id: str, matches: bool) -> None:
+    found = of(table(only=[{"ids": [pattern], "host": {"relative": 0.5}}]), metric="host", id=id)
+    assert found["relative"] == (0.5 if matches else 0.05)
 
 
 # Where they are written
@@ -196,6 +236,11 @@ BAD = [
     ("time = { absolute_s = inf }", "time.absolute_s"),
     ("time = { absolute_s = nan }", "time.absolute_s"),
     ("time = { absolute_s = 1e7 }", "time.absolute_s"),
+    ('time = { absolute_s = "1" }', "time.absolute_s"),
+    ('time = { absolute_s = "0.5" }', "time.absolute_s"),
+    ("time = { absolute_s = true }", "time.absolute_s"),
+    ('time = { relative = "0.5" }', "time.relative"),
+    ('time = { stored_relative = "1" }', "time.stored_relative"),
     ("time = { stored_relative = -0.1 }", "time.stored_relative"),
     ("only = {}", "only"),
     ("only = [1]", "only.0"),

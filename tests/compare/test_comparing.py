@@ -240,22 +240,38 @@ def test_a_need_that_nobody_searched_is_no_failure() -> None:
 
 # Status
 
-RANKS: dict[str, int] = {"ok": 0, "oom": 1, "skipped": 2, "timeout": 3, "error": 3}
+STATUSES = ("ok", "oom", "skipped", "timeout", "error")
+BECAME: dict[str, tuple[Word, ...]] = {  # what each of them became
+    "ok": ("same", "worse", "worse", "worse", "worse"),
+    "oom": ("better", "same", "worse", "worse", "worse"),
+    "skipped": ("new", "new", "same", "worse", "worse"),
+    "timeout": ("better", "better", "same", "same", "same"),
+    "error": ("better", "better", "same", "same", "same"),
+}
 
 
-@pytest.mark.parametrize("before", RANKS)
-@pytest.mark.parametrize("now", RANKS)
+@pytest.mark.parametrize("before", STATUSES)
+@pytest.mark.parametrize("now", STATUSES)
 def test_the_status_of_a_case(before: str, now: str) -> None:
-    sides = {"ok": record(), **{name: failed(name) for name in RANKS if name != "ok"}}
-    expected = "worse" if RANKS[now] > RANKS[before] else "better" if RANKS[now] < RANKS[before] else "same"
-    if expected == "better" and "skipped" in (before, now):
-        expected = "new" if before == "skipped" else "same"
+    sides = {"ok": record(), **{name: failed(name) for name in STATUSES if name != "ok"}}
     found = compared(sides[before], sides[now])
-    assert found.verdict == expected
+    assert found.verdict == BECAME[before][STATUSES.index(now)]
     if (before, now) != ("ok", "ok"):
         said = {"oom": "out of memory"}
         assert found.reason.index(said.get(before, before)) <= found.reason.rindex(said.get(now, now))
         assert found.changes == []
+
+
+@pytest.mark.parametrize("now", ["ok", "oom"])
+def test_a_case_that_ran_for_the_first_time_fails_nothing(now: str) -> None:
+    first = record(id="b4") if now == "ok" else failed("oom", id="b4")
+    found = whole(a_run(record(), failed("skipped", id="b4")), a_run(record(), first))
+    assert (verdicts(found), found.failed) == ({ID: "same", "b4": "new"}, False)
+
+
+def test_a_base_that_skipped_every_case_is_no_base_of_other_cases() -> None:
+    found = whole(a_run(failed("skipped"), record(id="b4")), a_run(record()))
+    assert verdicts(found) == {ID: "new", "b4": "vanished"}
 
 
 @pytest.mark.parametrize(
@@ -510,6 +526,9 @@ def test_a_case_that_the_head_lacks_has_vanished() -> None:
 ASKED = [
     {"options": {"tests": ["bench/test_generation.py"]}},
     {"options": {"overrides": {"models": ["sdxl"]}}},
+    {"options": {"selection": {"keyword": "b1"}}},
+    {"options": {"selection": {"lf": True}}},
+    {"options": {"selection": {"ignore": ["bench/video"]}}},
     {"sweep": "quick"},
 ]
 
@@ -530,6 +549,28 @@ def test_the_same_was_asked_for_whether_the_options_come_from_a_session_or_a_fil
     base = a_run(record(), record(id="b4"), options={"overrides": {"models": ["sdxl"]}})
     head = a_run(record(), options={"overrides": {"models": ("sdxl",)}})
     assert verdicts(whole(base, head)) == {ID: "same", "b4": "vanished"}
+
+
+@pytest.mark.parametrize("sides", [({}, {"selection": {}}), ({"selection": {}}, {}), ({"selection": None}, {})])
+def test_who_selects_nothing_asked_for_the_same_as_an_older_file(sides: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    found = whole(a_run(record(), record(id="b4"), options=sides[0]), a_run(record(), options=sides[1]))
+    assert verdicts(found) == {ID: "same", "b4": "vanished"}
+
+
+def test_another_selection_is_not_the_same() -> None:
+    base, head = ({"selection": {"keyword": word}} for word in ("b1 or b4", "b1"))
+    found = whole(a_run(record(), record(id="b4"), options=base), a_run(record(), options=head))
+    assert verdicts(found) == {ID: "same"}
+
+
+def test_a_deselected_test_that_measures_twice_is_left_out_twice() -> None:
+    ids = ["t.py::a", "t.py::a#2", "t.py::a#10", "t.py::a#", "t.py::a#x", "t.py::a#2b", "t.py::ab", "t.py::b#2"]
+    base = a_run(record(), *(record(id=name) for name in ids))
+    found = whole(base, a_run(record(), options={"deselected": ["t.py::a"]}))
+    assert verdicts(found) == {ID: "same", **dict.fromkeys(ids[3:], "vanished")}
+    assert any("3 cases" in note for note in found.notes)
+    second = whole(base, a_run(record(), options={"deselected": ["t.py::a#2"]}))
+    assert verdicts(second) == {ID: "same", **dict.fromkeys([ids[0], *ids[2:]], "vanished")}
 
 
 def test_what_was_deselected_has_not_vanished() -> None:

@@ -38,13 +38,18 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_file(path: Path, day: int, **changes: Any) -> Path:
-    """A run file of a day in November, as a session names it; `gpu`, `device`, `commit`, `dirty` in `changes`."""
+    """A run file of a day in November, as a session names it; `gpu`, `device`, `commit`, `dirty`, `deselected` in
+    `changes`."""
     environment = {
         "gpu": GPU,
         "commit": "1a2b3c4",
         **{k: changes.pop(k) for k in ("gpu", "commit", "dirty") if k in changes},
     }
-    known = {"environment": environment, "options": {"device": changes.pop("device", "cuda")}, **changes}
+    options = {
+        "device": changes.pop("device", "cuda"),
+        **{k: changes.pop(k) for k in ("deselected",) if k in changes},
+    }
+    known = {"environment": environment, "options": options, **changes}
     return put(path / f"202611{day:02}T000000Z_1a2b3c4_0000.json", facts(), **known)
 
 
@@ -159,7 +164,19 @@ def test_the_head_is_not_its_own_base(tmp_path: Path) -> None:
 
 def test_a_run_says_what_another_must_have_in_common_with_it(tmp_path: Path) -> None:
     path = a_file(tmp_path, 1, sweep="quick")
-    assert Like.run(read_one(path), ("torch",)) == Like(GPU, "cuda", "quick", path, ("torch",))
+    assert Like.run(read_one(path), ("torch",)) == Like(GPU, "cuda", "quick", path, ("torch",), "1a2b3c4", False)
+
+
+@pytest.mark.parametrize(("dirty", "commit"), [(True, None), (False, "1a2b3c4"), (None, "1a2b3c4")])
+def test_only_a_clean_run_has_a_commit_that_another_is_not_of(
+    dirty: bool | None, commit: str | None, tmp_path: Path
+) -> None:
+    assert Like.run(read_one(a_file(tmp_path, 1, dirty=dirty))).commit == commit
+
+
+@pytest.mark.parametrize(("deselected", "narrowed"), [(["b4"], True), ([], False), (None, False)])
+def test_a_run_with_deselected_cases_is_narrowed(deselected: Any, narrowed: bool, tmp_path: Path) -> None:
+    assert Like.run(read_one(a_file(tmp_path, 1, deselected=deselected))).narrowed is narrowed
 
 
 def test_broken_and_foreign_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
@@ -222,6 +239,62 @@ def test_the_latest_is_the_newest_finished_like_the_other(tmp_path: Path) -> Non
     assert found("latest", tmp_path, like=CUDA) == expected
     assert found("latest", tmp_path, like=Like.run(read_one(expected))).name.startswith("20261101")
     assert found("latest", tmp_path).name.startswith("20261107")
+
+
+OTHER = {"commit": "fedcba9"}
+
+
+@pytest.mark.parametrize(
+    ("newer", "head", "is_it"),
+    [
+        (OTHER, {}, True),
+        ({}, {}, False),
+        ({}, {"dirty": True}, True),
+        ({}, {"commit": None}, True),
+        ({"commit": None}, {}, True),
+        ({**OTHER, "dirty": True}, {}, False),
+        ({**OTHER, "dirty": True}, {"dirty": True}, False),
+        ({**OTHER, "dirty": None}, {}, True),
+        ({**OTHER, "deselected": ["b4"]}, {}, False),
+        ({**OTHER, "deselected": ["b4"]}, {"deselected": ["b8"]}, True),
+        ({**OTHER, "deselected": []}, {}, True),
+        ({"deselected": ["b4"]}, {"deselected": ["b4"]}, False),
+    ],
+)
+def test_the_latest_is_rather_of_another_commit_and_clean_and_whole(
+    newer: dict[str, Any], head: dict[str, Any], is_it: bool, tmp_path: Path
+) -> None:
+    old, new = a_file(tmp_path, 1, commit="0123abc"), a_file(tmp_path, 2, **newer)
+    like = Like.run(read_one(a_file(tmp_path, 3, **head)))
+    assert found("latest", tmp_path, like=like) == (new if is_it else old)
+    assert found(tmp_path, tmp_path, like=like) == new, "who names a folder means its newest"
+    old.unlink()
+    assert found("latest", tmp_path, like=like) == new, "where there is no better one"
+
+
+def test_where_each_run_lacks_something_the_latest_is_the_newest_of_all(tmp_path: Path) -> None:
+    a_file(tmp_path, 1)
+    a_file(tmp_path, 2, **OTHER, dirty=True)
+    expected = a_file(tmp_path, 3, **OTHER, deselected=["b4"])
+    like = Like.run(read_one(a_file(tmp_path, 4)))
+    assert found("latest", tmp_path, like=like) == expected
+    other = a_file(tmp_path, 5, gpu="NVIDIA L4", **OTHER)
+    assert found("latest", tmp_path, like=like) == expected
+    assert found("latest", tmp_path) == other
+
+
+def test_of_those_that_are_rather_meant_the_newest(tmp_path: Path) -> None:
+    a_file(tmp_path, 1, **OTHER)
+    expected = a_file(tmp_path, 2, **OTHER)
+    head = a_file(tmp_path, 3)
+    a_file(tmp_path, 4)
+    assert found("latest", tmp_path, like=Like.run(read_one(head))) == expected
+
+
+def test_a_head_that_nobody_compares_with_is_the_newest_whatever_its_state(tmp_path: Path) -> None:
+    a_file(tmp_path, 1)
+    expected = a_file(tmp_path, 2, dirty=True, deselected=["b4"])
+    assert found("latest", tmp_path) == expected
 
 
 def test_there_is_no_latest(tmp_path: Path) -> None:

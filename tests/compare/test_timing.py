@@ -26,6 +26,7 @@ from tests.compare.test_comparing import remembered, timed
 from tests.records.test_schema import BARE, record
 
 LIMIT = Limits().of("time", "sdxl", "sdxl/fp16")
+FASTER = "faster, not decided"
 MIRROR = {"worse": "better", "better": "worse", "slower": "faster", "faster": "slower"}
 
 
@@ -33,6 +34,11 @@ def told(base: Record, head: Record, again: Again | None = None, **limit: Any) -
     found = time_change(base, head, {**LIMIT, **limit}, again)
     assert found is not None
     return found
+
+
+def undecided(median: float) -> Word:
+    """What nobody could decide about a head with this median, where the base has 2 s: only slower ones matter."""
+    return "ambiguous" if median > 2 else "same"
 
 
 def fresh(base: Sequence[float], head: Sequence[float], **changes: Any) -> Again:
@@ -144,7 +150,6 @@ def test_each_worker_of_each_record_counts_once() -> None:
         ([2.0, 2.0, 2.0], [2.2, 2.2, 2.2], "worse"),
         ([2.0, 2.0, 2.0], [1.8, 1.8, 1.8], "better"),
         ([2.0, 2.0, 2.0], [2.1, 2.1, 2.1], "same"),
-        ([2.0, 2.0, 2.3], [2.2, 2.3, 2.4], "ambiguous"),
     ],
 )
 @pytest.mark.parametrize("stored", [(2.0, 3.0), (2.0, 1.0)])
@@ -155,7 +160,15 @@ def test_fresh_workers_decide_what_the_stored_ones_only_flag(
     assert (found.verdict, found.again) == (expected, True)
     assert found.workers == (base, head)
     assert (found.base, found.head) == (sorted(base)[1], sorted(head)[1])
-    assert bool(found.reason) == (expected == "ambiguous")
+    assert not found.reason
+
+
+def test_fresh_workers_that_overlap_are_ambiguous() -> None:
+    base, head = [2.0, 2.0, 2.3], [2.2, 2.3, 2.4]
+    found = told(timed(2.0), timed(3.0), fresh(base, head))
+    assert (found.verdict, found.again, found.workers) == ("ambiguous", True, (base, head))
+    assert (found.base, found.head) == (2.0, 2.3)
+    assert "overlap" in found.reason
 
 
 def test_what_the_screen_calls_the_same_is_the_same() -> None:
@@ -187,7 +200,8 @@ def test_a_time_that_the_base_lacks_says_nothing() -> None:
 @pytest.mark.parametrize("median", [3.0, 1.0])
 def test_fewer_than_three_stored_workers_decide_nothing(base: int, head: int, median: float) -> None:
     found = told(timed(*[2.0] * base), timed(*[median] * head))
-    assert (found.verdict, found.again) == ("ambiguous", False)
+    assert (found.verdict, found.again) == (undecided(median), False)
+    assert found.reason.startswith(FASTER) == (median < 2)
     assert "workers" in found.reason
     assert ("base has" in found.reason, "head has" in found.reason) == (base < 3, head < 3)
 
@@ -203,9 +217,13 @@ def test_fewer_than_three_stored_workers_decide_nothing(base: int, head: int, me
         ([2.0, 2.0, 2.0], [2.4, 2.5, 2.519], "worse"),
         ([2.0, 2.0, 2.0], [2.4, 2.5, 2.5251], "ambiguous"),
         ([2.5, 2.5, 2.6], [2.0, 2.0, 2.0], "better"),
-        ([2.5, 2.5, 2.7], [2.0, 2.0, 2.0], "ambiguous"),
+        ([2.5, 2.5, 2.7], [2.0, 2.0, 2.0], "not decided"),
         ([2.3001, 2.3001, 2.3001], [2.0, 2.0, 2.0], "better"),
-        ([2.2999, 2.2999, 2.2999], [2.0, 2.0, 2.0], "ambiguous"),
+        ([2.2999, 2.2999, 2.2999], [2.0, 2.0, 2.0], "not decided"),
+        ([2.1001, 2.1001, 2.1001], [2.0, 2.0, 2.0], "not decided"),
+        ([2.1, 2.1, 2.1], [2.0, 2.0, 2.0], "same"),
+        ([2.0, 2.0, 2.0], [2.1001, 2.1001, 2.1001], "ambiguous"),
+        ([2.0, 2.0, 2.0], [2.1, 2.1, 2.1], "same"),
         ([2.0, 2.0, 2.0], [2.09, 2.09, 2.09], "same"),
     ],
 )
@@ -213,18 +231,85 @@ def test_a_stored_base_has_a_wider_threshold_and_takes_quiet_workers(
     base: list[float], head: list[float], expected: str
 ) -> None:
     found = told(timed(*base), timed(*head))
-    assert (found.verdict, found.again) == (expected, False)
+    assert (found.verdict, found.again) == ("same" if expected == "not decided" else expected, False)
     if expected in ("worse", "better"):
         assert found.workers == (base, head)
         assert found.allowed == pytest.approx(0.15 * base[1])
-    if expected == "ambiguous":
-        assert found.reason
+    assert bool(found.reason) == (expected in ("ambiguous", "not decided"))
+    assert found.reason.startswith(FASTER) == (expected == "not decided")
 
 
 def test_a_small_difference_from_a_stored_base_is_not_called_the_same() -> None:
     found = told(timed(2.0, 2.0, 2.0), timed(2.2, 2.2, 2.2))
     assert found.verdict == "ambiguous"
     assert "again" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [(2.0, "same"), (2.1, "same"), (2.1001, "ambiguous"), (2.3, "ambiguous"), (2.3001, "worse")],
+)
+def test_fresh_workers_of_the_head_that_are_as_fast_as_the_stored_base_are_the_same(head: float, expected: str) -> None:
+    found = told(timed(2.0, 2.0, 2.0), timed(2.5), Again((), [timed(head)] * 3))
+    assert (found.verdict, found.head, found.again) == (expected, head, False)
+    assert bool(found.reason) == (expected == "ambiguous")
+
+
+def test_the_medians_and_not_the_workers_say_whether_a_stored_base_is_as_fast() -> None:
+    found = told(timed(2.0, 2.0, 2.0), timed(2.5), Again((), [timed(2.05), timed(2.1), timed(9.0)]))
+    assert (found.verdict, found.head, found.workers) == ("same", 2.1, ([2.0, 2.0, 2.0], [2.05, 2.1, 9.0]))
+    few = told(timed(2.0, 2.0, 2.0), timed(2.5), Again((), [timed(2.0, 2.0)]))
+    assert few.verdict == "ambiguous", "two workers do not decide that either"
+
+
+def test_a_stored_base_is_as_fast_within_the_limits_of_the_table() -> None:
+    base, head = timed(2.0, 2.0, 2.0), timed(3.0)
+    for value, expected in ((2.4, "same"), (2.4001, "ambiguous")):
+        assert told(base, head, Again((), [timed(value)] * 3), relative=0.2, stored_relative=0.3).verdict == expected
+    for value, expected in ((2.4999, "same"), (2.5001, "worse")):
+        assert told(base, head, Again((), [timed(value)] * 3), absolute_s=0.5).verdict == expected
+
+
+# Faster
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "reason"),
+    [
+        (timed(2.0), timed(1.0), "--vram-workers"),
+        (timed(2.0, 2.0, 2.0), timed(1.8, 1.8, 1.8), "stored base"),
+        (timed(2.0, 2.0, 2.4), timed(1.0, 1.0, 2.2), "overlap"),
+        (timed(2.0, 2.0, 2.2), timed(1.0, 1.0, 1.0), "too much"),
+        (timed(*[2.0] * 3), timed(*[1.0] * 3, disturbed="somebody came"), "somebody came"),
+    ],
+    ids=["few", "little", "overlap", "spread", "trouble"],
+)
+def test_what_is_faster_but_not_decided_is_the_same_and_says_why(base: Record, head: Record, reason: str) -> None:
+    found = told(base, head)
+    assert (found.verdict, found.reason.startswith(FASTER)) == ("same", True)
+    assert reason in found.reason
+    assert (found.base, found.head) == (base.time.median_s, head.time.median_s)
+
+
+def test_what_is_slower_but_not_decided_does_not_say_faster() -> None:
+    for base, head in ((timed(2.0), timed(3.0)), (timed(2.0, 2.0, 2.0), timed(2.2, 2.2, 2.2))):
+        found = told(base, head)
+        assert found.verdict == "ambiguous"
+        assert "faster" not in found.reason
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        Again((), [timed(1.8)] * 3),
+        Again((), [timed(1.0, disturbed="somebody")] * 3),
+        Again([timed(2.0), timed(2.0), timed(2.3)], [timed(1.6), timed(1.7), timed(2.1)]),
+    ],
+    ids=["little", "trouble", "both sides"],
+)
+def test_what_looked_slower_and_is_faster_when_measured_again_is_not_ambiguous(again: Again) -> None:
+    found = told(timed(2.0, 2.0, 2.0), timed(2.5), again)
+    assert (found.verdict, found.reason.startswith(FASTER)) == ("same", True)
 
 
 def test_a_stored_base_and_fresh_workers_of_the_head() -> None:
@@ -277,7 +362,7 @@ def test_a_host_bound_case_is_at_most_ambiguous_against_a_stored_base(bound: str
     behind = {name: {"gpu_lag_s": 0.0 if name == bound else 1.0, **STEPS} for name in ("base", "head")}
     base, head = timed(*[2.0] * 3, time=behind["base"]), timed(*[median] * 3, time=behind["head"])
     found = told(base, head)
-    assert found.verdict == "ambiguous"
+    assert found.verdict == undecided(median)
     assert "CPU" in found.reason
     busy = {"gpu_lag_s": 1.0, **STEPS}
     clear = told(timed(*[2.0] * 3, time=busy), timed(*[median] * 3, time=busy))
@@ -299,6 +384,15 @@ def test_where_it_is_not_known_whose_time_it_is_a_stored_base_of_a_gpu_does_not_
         side.memory.allocated_peak_bytes = 1 << 30 if gpu else None
         side.phases.clear()
     assert told(base, head).verdict == ("worse" if busy or not gpu else "ambiguous")
+    assert told(base, head, Again([base] * 3, [head] * 3)).verdict == "worse", "measured again in turn, it is decided"
+
+
+def test_what_is_known_of_one_side_decides_for_both() -> None:
+    base, head = (timed(*[median] * 3, time={"gpu_lag_s": lag, **STEPS}) for median, lag in ((2.0, None), (3.0, 0.0)))
+    for side in (base, head):
+        side.memory.allocated_peak_bytes = None
+    found = told(base, head)
+    assert (found.verdict, "CPU" in found.reason) == ("ambiguous", True)
 
 
 # What explains a difference
@@ -333,7 +427,7 @@ def test_another_clock_explains_a_difference(
     median: float, otherwise: Word, base: int | None, head: int | None, ambiguous: bool
 ) -> None:
     for found in sides(median, state(base), state(head)):
-        assert found.verdict == ("ambiguous" if ambiguous else otherwise)
+        assert found.verdict == (undecided(median) if ambiguous else otherwise)
         assert ("MHz" in found.reason, f"{head} MHz" in found.reason) == (ambiguous, ambiguous)
 
 
@@ -361,7 +455,7 @@ def test_trouble_on_either_side_makes_it_ambiguous(
     both = [calm, calm]
     both[side] = {**calm, **trouble}
     for found in sides(median, both[0], both[1]):
-        assert found.verdict == "ambiguous"
+        assert found.verdict == undecided(median)
         assert word in found.reason
     for found in sides(median, calm, calm):
         assert (found.verdict, found.reason) == (otherwise, "")

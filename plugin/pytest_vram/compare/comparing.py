@@ -83,7 +83,8 @@ def compare(
         if name not in left_out:
             why = "" if head.run.complete else "the head's run is not complete"
             cases.append(CaseComparison(id=name, verdict="vanished", reason=why))
-    common = [case for case in cases if case.verdict not in ("new", "vanished")]
+    both = ({*before, *unreadable[base]} & {*now, *unreadable[head]}) | set(unreadable[head])
+    common = [case for case in cases if case.id in both]
     if not common:
         raise NotComparable(f"{base.path}: has no case of {head.path}; give a base of the same sweep and options")
     if all(case.verdict == "not comparable" for case in common):

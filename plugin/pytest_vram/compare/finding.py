@@ -62,13 +62,9 @@ def find_run(name: str, results: Path, root: Path, like: Like | None = None) -> 
         RunFileError: naming the file that cannot be read, or saying where there is no such run.
     """
     path, said = Path(name), " ".join(name.split())
-    try:
-        is_file, is_dir = path.is_file(), bool(name) and path.is_dir()
-    except (OSError, ValueError):  # a name that no file can have
-        is_file = is_dir = False
-    if is_file:
+    if is_file(name):
         return read_one(path)
-    if is_dir:
+    if _is_folder(name):
         found, where = _candidates(path, like), f"{path}: has"
     elif name == LATEST:
         found, where = _candidates(results, like), f"{LATEST}: {results} has"
@@ -83,6 +79,19 @@ def find_run(name: str, results: Path, root: Path, like: Like | None = None) -> 
     if name == LATEST and like is not None:
         found = [run for run in found if like.rank(run)] or found
     return max(found, key=age)
+
+
+def is_file(name: str) -> bool:
+    """Whether there is a file of this name, which may be one that no file can have."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(name).is_file()
+    return False
+
+
+def _is_folder(name: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return bool(name) and Path(name).is_dir()
+    return False
 
 
 def read_one(path: Path) -> ReadRun:

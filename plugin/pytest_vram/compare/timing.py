@@ -125,7 +125,8 @@ def time_change(base: Record, head: Record, limit: Mapping[str, Any], again: Aga
     else:
         fresh = again.head if again else [head]
         decided = _tempered(_stored(change, [base], fresh, limit), [base], fresh)
-    if decided.verdict == "ambiguous" and screened == "faster":  # nobody needs to look into that
+    faster = (decided.head or 0.0) < (decided.base or 0.0)
+    if decided.verdict == "ambiguous" and faster:  # nobody needs to look into that
         return decided.model_copy(update={"verdict": "same", "reason": f"faster, not decided: {decided.reason}"})
     return decided
 
