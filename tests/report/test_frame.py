@@ -157,6 +157,7 @@ def test_every_column_of_a_full_record() -> None:
         "median_s": 2.0,
         "step_s": 0.25,
         "images_per_s": 0.5,
+        "frame_s": 2.0 / 9,
         "at_need_s": 2.5,
         "full_length_s": 12.5,
         "full_length_steps": 50,
