@@ -114,7 +114,7 @@ class _Generation:
         self.found["rounds"] = durations
         self.found["gpu_lag_s"] = max(0.0, statistics.median(self.lags[-rounds:]))
         self.found["denoiser_calls"] = self.phases.denoiser_calls
-        self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe)
+        self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe, self.phases.denoiser_calls)
         self.found["native_steps"] = self.subject.native_steps
         self.found["images"] = self.subject.images(self.output)
         self.found |= self.totals()

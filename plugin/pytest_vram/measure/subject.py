@@ -48,8 +48,9 @@ class Subject(Protocol):
     def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
         """One call, of as many steps where the subject lets them be chosen."""
 
-    def calls_at_native_length(self, pipe: Any) -> int | None:
-        """How often the denoiser runs at the model's native number of steps, where that is known."""
+    def calls_at_native_length(self, pipe: Any, calls: int) -> int | None:
+        """How often the denoiser runs at the model's native number of steps, where that is known; `calls` is how often
+        it did in a call."""
 
     def images(self, output: Any) -> int | None:
         """How many images a call has made, where that is known."""
@@ -101,8 +102,9 @@ class SweepSubject:
         generator = torch.Generator(place).manual_seed(case.seed)
         return pipe(**call_arguments(pipe, case, generator))
 
-    def calls_at_native_length(self, pipe: Any) -> int | None:
-        return denoiser_calls(pipe, self.model.native.steps)
+    def calls_at_native_length(self, pipe: Any, calls: int) -> int | None:
+        native, now = (denoiser_calls(pipe, steps) for steps in (self.native_steps, self.case.steps))
+        return native and now and native * max(1, round(calls / now))  # twice, where guidance is a call of its own
 
     def images(self, output: Any) -> int | None:
         return self.case.batch_size
@@ -140,7 +142,7 @@ class OwnSubject:
         torch.manual_seed(0)
         return self._call(pipe)
 
-    def calls_at_native_length(self, pipe: Any) -> int | None:
+    def calls_at_native_length(self, pipe: Any, calls: int) -> int | None:
         return None
 
     def images(self, output: Any) -> int | None:

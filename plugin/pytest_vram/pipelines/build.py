@@ -210,11 +210,11 @@ def assemble(model: Model, components: Mapping[str, torch.nn.Module], **attribut
         elif name == "scheduler":
             scheduler = getattr(diffusers, model.scheduler.class_name)
             given[name] = scheduler.from_config(dict(model.scheduler.config))
-        elif name.endswith("_scheduler"):  # of a pipeline in two stages, as its class has it
+        elif name.endswith("_scheduler") or name == "guider":  # as the pipeline's class has it
             given[name] = parameter.annotation()
         elif name.endswith("image_processor"):
             given[name] = transformers.CLIPImageProcessor()
-        elif "tokenizer" in name:
+        elif "tokenizer" in name or name == "processor":
             given[name] = StandInTokenizer(_sequence_length(model, name.replace("tokenizer", "text_encoder")))
         elif parameter.default is inspect.Parameter.empty:
             given[name] = None
@@ -301,6 +301,7 @@ def call_arguments(pipe: Any, case: Case, generator: torch.Generator | None) -> 
         "guidance_scale": case.guidance_scale,
         "generator": generator,
         "max_sequence_length": case.sequence_length,
+        "use_resolution_binning": False,  # the size that was asked for, not the nearest that the model was trained on
         "output_type": "pt",
     }
     return {name: value for name, value in arguments.items() if name in accepted and value is not None}
@@ -313,11 +314,13 @@ def denoiser_calls(pipe: Any, steps: int) -> int | None:
     wants more than a number of steps.
     """
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    try:
-        scheduler.set_timesteps(steps)
-    except (TypeError, ValueError):
-        return None
-    return len(scheduler.timesteps)
+    for more in ({}, {"mu": 1.0}):  # the shift of a flow model depends on the size; the number of steps does not
+        try:
+            scheduler.set_timesteps(steps, **more)
+        except (TypeError, ValueError):
+            continue
+        return len(scheduler.timesteps)
+    return None
 
 
 def weights_bytes(components: Mapping[str, torch.nn.Module]) -> int:

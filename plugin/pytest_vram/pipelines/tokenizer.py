@@ -36,11 +36,14 @@ class StandInTokenizer:
         """`chat` is one conversation, or a list of them."""
         if not tokenize:
             return "a prompt"
+        turns = chat[0] if isinstance(chat[0], list) else chat
+        if all(turn.get("role") == "system" for turn in turns):
+            options.setdefault("max_length", 8)  # a system message is no prompt: its length is cut off
         encoded = self([""] * (len(chat) if isinstance(chat[0], list) else 1), **options)
         return encoded if return_dict else encoded["input_ids"]
 
     def encode(self, *_: Any, **__: Any) -> list[int]:
-        return [1] * 8
+        return [3] * 8  # 1 is every token of a prompt: that of an image must be another
 
     def decode(self, *_: Any, **__: Any) -> str:
         return ""
