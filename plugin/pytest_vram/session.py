@@ -132,8 +132,6 @@ class SweepSession:
 
     def _with_folders(self, overrides: Overrides, folders: Sequence[str], models: dict[str, Model]) -> Overrides:
         """The saved pipelines among the models, folders and hub ids, made known under their own names."""
-        from pytest_vram.pipelines.build import with_call_defaults  # imports diffusers, which few sweeps need here
-
         names = {}
         for folder in folders:
             trained = self.options.weights == "pretrained"
@@ -141,6 +139,8 @@ class SweepSession:
                 model = model_from_hub(folder)
             else:
                 model = model_from_folder(Path(folder), with_weights=trained)
+            from pytest_vram.pipelines.build import with_call_defaults  # imports diffusers, which few sweeps need here
+
             models[model.name] = with_call_defaults(model)
             names[folder] = model.name
         return replace(overrides, models=tuple(names.get(name, name) for name in overrides.models or ()))
