@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Building large networks, if only on the meta device, leaves the process with tens of GB of address space, in pieces
+    # Building large networks, if only on the meta device, leaves the process with tens of GB of address space in pieces
     # so large that it may not be forked any more: those tests come last.
     items.sort(key=lambda item: item.path.parts[-2:] == ("pipelines", "test_architectures.py"))
     for item in items:
