@@ -1,11 +1,11 @@
 """Regressions put into an application on purpose, and what `pytest --vram-compare` says of each. Needs a GPU.
 
-python bench/regressions/inject.py {all,time} --output results/GPU/regressions/NAME.json
+python bench/regressions/inject.py {memory,time,stored} --output results/GPU/regressions/NAME.json
 
-A scratch repository gets this folder's application; its first commit is the base, measured with three workers a case.
-`all`: one commit has a regression of memory in each of five tests and calls that take 10 % longer in a sixth; the base
-is measured again from its own checkout. `time`: +25 % against the stored base, then +5 % and nothing with the base
-measured again. The two plain tests must never be found worse.
+A scratch repository gets this folder's application; its first commit is the base. `memory`: one commit has a
+regression in each of five tests. `time`: calls that take 10 % longer, 5 %, and nothing, each time with the base
+measured again from its own checkout. `stored`: 25 % longer against the stored base. The two plain tests must never be
+found worse.
 """
 
 import argparse
@@ -17,24 +17,33 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 MEMORY = {"HELD_MIB = 0": "HELD_MIB = 80", "UPCASTS = False": "UPCASTS = True", "LEAKED_MIB = 0": "LEAKED_MIB = 64"}
 MEMORY |= {"TOO_LARGE = False": "TOO_LARGE = True"}
-Change = tuple[str, dict[str, str], bool]  # what, how the application changes, whether the base is measured again
-PARTS: dict[str, tuple[list[str], list[Change]]] = {
-    "all": ([], [("memory of five tests, +10 % time", MEMORY | {"DECODES = 20": "DECODES = 22"}, True)]),
-    "time": (
-        ["-k", "time or plain"],
-        [
-            ("+25 % time", {"DECODES = 20": "DECODES = 25"}, False),
-            ("+5 % time", {"DECODES = 20": "DECODES = 21"}, True),
-            ("nothing", {}, True),
-        ],
+
+
+class Part(NamedTuple):
+    """Which tests run, how many workers measure each of the base, and what each further commit changes."""
+
+    tests: str
+    workers: int
+    again: bool
+    changes: dict[str, dict[str, str]]
+
+
+PARTS = {
+    "memory": Part("not time", 1, False, {"memory of five tests": MEMORY}),
+    "time": Part(
+        "time or plain",
+        3,
+        True,
+        {"+10 % time": {"DECODES = 20": "DECODES = 22"}, "+5 % time": {"DECODES = 20": "DECODES = 21"}, "nothing": {}},
     ),
+    "stored": Part("time or plain", 3, False, {"+25 % time": {"DECODES = 20": "DECODES = 25"}}),
 }
 
 
@@ -75,8 +84,9 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         head = repository(Path(name, "head"))
-        options, changes = PARTS[arguments.part]
-        code, seconds, output = pytest(head, "--vram-workers=3", *options)
+        part = PARTS[arguments.part]
+        options = ["-k", part.tests]
+        code, seconds, output = pytest(head, f"--vram-workers={part.workers}", *options)
         print(f"base: exit {code}, {seconds:.0f} s", flush=True)
         if code:
             sys.exit(output)
@@ -84,20 +94,20 @@ def main() -> None:
         git(Path(name), "clone", "-q", str(head), str(Path(name, "base")))
         whole = (head / "app.py").read_text(encoding="utf-8")
         tests = (head / "test_app.py").read_text(encoding="utf-8")
-        for what, edits, again in changes:
+        if arguments.part == "memory":
+            (head / "test_app.py").write_text(tests.replace("def test_removed", "def removed"), encoding="utf-8")
+        checkout = [f"--vram-base-checkout={Path(name, 'base')}"] if part.again else []
+        for what, edits in part.changes.items():
             text = whole
             for old, new in edits.items():
+                assert old in text
                 text = text.replace(old, new)
-                assert text != whole
             (head / "app.py").write_text(text, encoding="utf-8")
-            kept = tests if options else tests.replace("def test_removed", "def removed")
-            (head / "test_app.py").write_text(kept, encoding="utf-8")
             git(head, "commit", "--allow-empty", "-qam", what)
-            checkout = [f"--vram-base-checkout={Path(name, 'base')}"] if again else []
             code, seconds, output = pytest(head, f"--vram-compare={base_run}", *checkout, *options)
             saved = max(head.glob("results/*/comparisons/*.json"), key=lambda path: path.stat().st_mtime)
             comparison = json.loads(saved.read_text(encoding="utf-8"))
-            if again and any("could not be measured again" in note for note in comparison["notes"]):
+            if any("could not be measured again" in note for note in comparison["notes"]):
                 sys.exit(output)
             found[what] = {"exit_code": code, "seconds": seconds, "comparison": comparison}
             print(f"== {what}: exit {code}, {seconds:.0f} s\n{output.split('compared with the base')[-1]}", flush=True)
