@@ -30,6 +30,18 @@ def test_each_call_begins_with_encode_whatever_the_last_one_did() -> None:
     assert entered == ["encode", "encode"]
 
 
+def test_a_second_denoiser_counts_too() -> None:
+    pipe: Any = Pipe()
+    pipe.unet_2 = torch.nn.Linear(1, 1)
+    entered: list[str] = []
+    phases = Phases(pipe, "unet", entered.append)
+    phases.begin()
+    for network in (pipe.unet, pipe.unet_2, pipe.unet_2):
+        network(torch.zeros(1, 1))
+    assert entered == ["encode", "denoise"]
+    assert phases.denoiser_calls == 3
+
+
 class Draws:
     """A call that draws so many times."""
 

@@ -20,9 +20,11 @@ class Phases:
         self._enter = enter
         self.current = "load"
         self.denoiser_calls = 0  # of the call that goes on, or went last
-        # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
-        getattr(pipe, denoiser).register_forward_pre_hook(lambda *_: self._denoise(), prepend=True)
-        getattr(pipe, denoiser).register_forward_hook(lambda *_: queued())
+        for name in (denoiser, f"{denoiser}_2"):  # some have one for the first steps and another for the rest
+            if (network := getattr(pipe, name, None)) is not None:
+                # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
+                network.register_forward_pre_hook(lambda *_: self._denoise(), prepend=True)
+                network.register_forward_hook(lambda *_: queued())
         network = getattr(pipe, decoder)
         decode = network.decode
 
