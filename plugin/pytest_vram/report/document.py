@@ -255,6 +255,8 @@ class Document:
                     "no size" if size is None else _marked(*size, size[0].size, at_batch[-1]),
                 )
                 cells.append(Cell("; ".join(parts) if batch or size else "no", "" if batch or size else "no"))
+            if not taken:  # no card: what was tried
+                taken = [choice for w in (*at_size, *at_batch) for choice in self.evidence.tried(w)]
             keys = [Cell(self.title(subject)), Cell(first.size), Cell(str(first.batch_size))]
             rows.append([*keys, *cells, Cell(self.tag(*taken), "runs")])
         columns = ["model", "batches at", "sizes at batch", *(card.name for card in self.headline), "runs"]

@@ -257,6 +257,10 @@ class Evidence:
         """The choices that were estimated with no GPU, and measured on none."""
         return self._estimated[workload]
 
+    def tried(self, workload: Workload) -> list[Choice]:
+        """Its choices, measured and estimated."""
+        return [choice for sets in self.choices[workload].values() for choice in sets.values()]
+
     @cached_property
     def gpus(self) -> list[str]:
         """The GPUs that something was measured on."""
