@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch.overrides import TorchFunctionMode
 
 from pytest_vram.cases.case import Case
@@ -101,6 +102,14 @@ def test_weights_of_norms_are_near_one_and_all_others_near_zero(tiny: Model, dty
             assert (parameter.float() - is_norm).abs().max() < 0.15, name
             assert parameter.numel() < 32 or parameter.float().std() > 0.01, name
     assert norms > 20
+
+
+def test_a_gamma_of_a_norm_is_near_one_too() -> None:
+    with torch.device("meta"):
+        norm = WanRMS_norm(64, bias=True)
+    filled({"vae": norm})
+    assert (norm.gamma - 1).abs().max() < 0.15
+    assert norm.bias.abs().max() < 0.15
 
 
 def test_the_same_seed_makes_the_same_weights(tiny: Model) -> None:

@@ -52,6 +52,11 @@ def test_a_measured_row() -> None:
     ]
 
 
+def test_of_a_video_the_frames_of_a_second_are_shown() -> None:
+    times = {**facts()["time"], "images_per_s": 0.5}
+    assert row(record(time=times, case={"frames": 33})).split()[-1] == "16.50"
+
+
 @pytest.mark.parametrize("kind", RECORDS)
 def test_what_is_not_ok_looks_different(kind: str) -> None:
     status = row(RECORDS[kind]).split()[3]

@@ -189,8 +189,8 @@ def fill(components: Mapping[str, torch.nn.Module], noise: Noise, device: str) -
             if tensor is None:
                 continue
             if id(tensor) not in made:
-                mean = 1.0 if name == "weight" and "Norm" in type(module).__name__ else 0.0
-                made[id(tensor)] = torch.nn.Parameter(noise.like(tensor, mean), requires_grad=False)
+                is_norm = name in ("weight", "gamma") and "norm" in type(module).__name__.lower()
+                made[id(tensor)] = torch.nn.Parameter(noise.like(tensor, 1.0 if is_norm else 0.0), requires_grad=False)
             module._parameters[name] = made[id(tensor)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -297,7 +297,6 @@ def call_arguments(pipe: Any, case: Case, generator: torch.Generator | None) -> 
         "width": case.width,
         "num_frames": case.frames,
         "num_inference_steps": case.steps,
-        "prior_num_inference_steps": case.steps,
         "guidance_scale": case.guidance_scale,
         "generator": generator,
         "max_sequence_length": case.sequence_length,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pytest_vram.cases.case import Case
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Phase, Record
 from pytest_vram.report.text import display_name, gib, seconds
 
@@ -22,7 +23,7 @@ GiB, s. required: the free memory a card must have, need + context; ~ is estimat
 need, and the context that was measured, or {assumed}. alloc.: peak of tensors. reserv.: peak of
 PyTorch's pool. NVML: peak of the process, as nvidia-smi shows it. call s: one call, median.
 at need: the same call with no more memory than required. full s: a call of the model's native
-steps, calculated. img/s: images a second."""
+steps, calculated. img/s: images (of videos, frames) a second."""
 
 
 def required(record: Record) -> str:
@@ -83,6 +84,7 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]]) -> 
 def _row(record: Record) -> list[str]:
     memory, time = record.memory, record.time
     label = " ".join(record.case.labels)
+    frames = record.case.frames if isinstance(record.case, Case) else None
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
     if no_effect:
         label += f"\n   {', '.join(no_effect)}: no effect"
@@ -98,7 +100,7 @@ def _row(record: Record) -> list[str]:
         seconds(time.median_s),
         seconds(time.at_need_s),
         seconds(time.full_length_s),
-        "–" if time.images_per_s is None else f"{time.images_per_s:.2f}",
+        "–" if time.images_per_s is None else f"{time.images_per_s * (frames or 1):.2f}",
     ]
 
 
