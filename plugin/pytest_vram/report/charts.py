@@ -1,5 +1,6 @@
 """The charts, one function each: from the evidence to a figure, or None where there is nothing to show."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_ROWS, MOST_CARDS, MOST_LINES, MOST_PANELS = (
-    24,
-    16,
-    6,
-    9,
-)  # a chart shows no more, and says so; the tables have everything
+# A chart shows no more, and says so; the tables have everything.
+MOST_ROWS, MOST_CARDS, MOST_LINES, MOST_PANELS = 40, 16, 6, 9
 FILLS = {"fits": "#1a7f4b", "tight": "#e3b341", "no": "#f0f1f3", "unsupported": "#c9cdd2", "unknown": "#c9cdd2"}
 FILL_INKS = {"fits": "#ffffff", "tight": "#1b1f24", "no": "#57606a", "unsupported": "#1b1f24", "unknown": "#1b1f24"}
 
@@ -59,12 +56,12 @@ def draw(facts: Facts) -> list[Chart]:
 
 def models_on_cards(facts: Facts) -> "Figure | None":
     """A heat map: which model runs on which card, and with which flags."""
-    rows, cards = list(facts.leads.values()), [card for card in facts.cards if card.headline]
+    rows, cards = _by_memory(facts), [card for card in facts.cards if card.headline]
     if not (rows and cards):
         return None
     rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS
     cards, more_cards = cards[:MOST_CARDS], len(cards) - MOST_CARDS
-    figure, axes = _figure(width=2.4 + 1.0 * len(cards), height=1.5 + 0.66 * len(rows))
+    figure, axes = _figure(width=2.4 + 1.0 * len(cards), height=1.5 + 0.58 * len(rows))
     from matplotlib.patches import Rectangle
 
     for place, workload in enumerate(rows):
@@ -96,7 +93,7 @@ def models_on_cards(facts: Facts) -> "Figure | None":
 
 def required_by_model(facts: Facts) -> "Figure | None":
     """Stacked: weights, activations and workspaces, context; a diamond where the cheapest set of the workload lies."""
-    rows = [(workload, choices) for workload in facts.leads.values() if (choices := _choices(workload, facts))]
+    rows = [(workload, choices) for workload in _by_memory(facts) if (choices := _choices(workload, facts))]
     if not rows:
         return None
     rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS
@@ -201,7 +198,7 @@ def frontiers(facts: Facts) -> "Figure | None":
 
 def phases(facts: Facts) -> "Figure | None":
     """Left: the allocated peak of each phase. Right: the share of each in a call of the native number of steps."""
-    measured = [choices for workload in facts.leads.values() if (choices := facts.evidence.measured(workload))]
+    measured = [choices for workload in _by_memory(facts) if (choices := facts.evidence.measured(workload))]
     rows = [choice for choices in measured if (choice := baseline(choices)).record.phases]
     if not rows:
         return None
@@ -308,6 +305,16 @@ def _one_line(choice: Choice) -> str:
 def _choices(workload: Workload, facts: Facts) -> list[Choice]:
     """The measured choices of a workload, else the estimated ones."""
     return _known(facts.evidence.measured(workload)) or _known(facts.evidence.estimated(workload))
+
+
+def _by_memory(facts: Facts) -> list[Workload]:
+    """Each model's lead workload, in rising order of what its plain dtype requires; what is not known comes last."""
+
+    def required(workload: Workload) -> float:
+        choices = _choices(workload, facts)
+        return _gib(baseline(choices)) if choices else math.inf
+
+    return sorted(facts.leads.values(), key=required)
 
 
 def _known(choices: Iterable[Choice]) -> list[Choice]:
