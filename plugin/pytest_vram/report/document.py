@@ -165,6 +165,8 @@ class Document:
         so.append(
             f": required {'~' if verdict.estimated else ''}{gib(required)} of {gib(verdict.card.usable_bytes)} GiB"
         )
+        if choice.offloads and (weights := choice.record.memory.weights_bytes):
+            so.append(f", {gib(weights)} GiB of weights in host memory")
         so += [f", {seconds(verdict.call_s)} s on {choice.gpu}"] if verdict.call_s is not None else []
         so += [f" ({choice.workload.label})"] if choice.workload != workload else []
         return {
