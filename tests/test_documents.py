@@ -33,3 +33,8 @@ def test_the_document_agrees_with_its_runs(results: Path) -> None:
 def test_the_page_on_the_original_report_is_made_from_them(results: Path) -> None:
     script = runpy.run_path(str(ROOT / "bench" / "original_report.py"))
     assert (ROOT / "docs" / "original-report.md").read_text(encoding="utf-8") == script["page"](results)
+
+
+def test_the_page_on_the_models_is_made_from_them(results: Path) -> None:
+    script = runpy.run_path(str(ROOT / "bench" / "published.py"))
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == script["page"](results)
