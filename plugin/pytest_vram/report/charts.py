@@ -61,7 +61,7 @@ def models_on_cards(facts: Facts) -> "Figure | None":
         return None
     rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS
     cards, more_cards = cards[:MOST_CARDS], len(cards) - MOST_CARDS
-    figure, axes = _figure(width=2.4 + 1.0 * len(cards), height=1.5 + 0.58 * len(rows))
+    figure, axes = _figure(width=2.4 + 1.0 * len(cards), height=1.5 + 0.68 * len(rows))
     from matplotlib.patches import Rectangle
 
     for place, workload in enumerate(rows):
@@ -75,8 +75,9 @@ def models_on_cards(facts: Facts) -> "Figure | None":
             names = [short(name.replace("_", " "), 20) for name in verdict.choice.optimizations] if verdict.runs else []
             names = [*names[:2], f"and {len(names) - 2} more"] if len(names) > 3 else names
             word = ("~" if verdict.estimated else "") + WORDS[verdict.outcome]
-            axes.text(column, place, word, ha="center", va="bottom" if names else "center", color=ink, fontsize=9)
-            axes.text(column, place + 0.03, "\n".join(names), ha="center", va="top", color=ink, fontsize=6.5)
+            middle = place - 0.06 * len(names)
+            axes.text(column, middle, word, ha="center", va="bottom" if names else "center", color=ink, fontsize=9)
+            axes.text(column, middle + 0.03, "\n".join(names), ha="center", va="top", color=ink, fontsize=6.5)
     titles = [f"{short(card.name.replace('GeForce ', ''), 22)}\n{card.memory_gib:g} GB" for card in cards]
     axes.set_xticks(range(len(cards)), titles, rotation=35, ha="left", rotation_mode="anchor", fontsize=8)
     axes.xaxis.tick_top()
