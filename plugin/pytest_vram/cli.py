@@ -143,16 +143,28 @@ def _architecture(model: "Model") -> str:
 @app.command()
 def optimizations(as_json: Json = False) -> None:
     """The optimizations, in the order in which an id names them."""
-    from pytest_vram.pipelines.optimizations import OPTIMIZATIONS
+    from pytest_vram.pipelines.optimizations import OPTIMIZATIONS, excluded
 
     rows: list[dict[str, Any]] = [
-        {"name": o.name, "summary": o.summary, "excludes": sorted(o.excludes), "needs_gpu": o.needs_gpu}
+        {
+            "name": o.name,
+            "summary": o.summary,
+            "exact": o.exact,
+            "excludes": list(excluded(o.name)),
+            "needs_gpu": o.needs_gpu,
+        }
         for o in OPTIMIZATIONS.values()
     ]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        _show(["name", "what it does", "excludes"], [[r["name"], r["summary"], ", ".join(r["excludes"])] for r in rows])
+        lines = []
+        for o in OPTIMIZATIONS.values():
+            same = f"other {o.one_of}" if o.one_of else ""
+            others = [name for name in excluded(o.name) if not o.one_of or OPTIMIZATIONS[name].one_of != o.one_of]
+            lines.append([o.name, o.summary, "yes" if o.exact else "", ", ".join(filter(None, [same, *others]))])
+        _show(["name", "what it does", "exact", "excludes"], lines)
+        typer.echo("exact: it should leave the image as it is; what every flag does to it is measured.")
 
 
 @app.command()

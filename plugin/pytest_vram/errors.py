@@ -2,6 +2,7 @@
 
 VramError
 ├── UsageError        bad input: an option, a matrix, a model file, a function, a machine that cannot do it
+├── Inapplicable      an optimization that a pipeline or a machine cannot take: the case is skipped
 ├── NotComparable     two runs whose difference says nothing of the commits
 ├── RunFileError      a run file or journal that is not what the schema says
 │   └── NotOurs       JSON that is no run file at all
@@ -23,6 +24,10 @@ class VramError(Exception):
 
 class UsageError(VramError):
     """Bad input; before the first case pytest ends with exit code 4 and writes nothing, later the test fails."""
+
+
+class Inapplicable(VramError):
+    """What this pipeline, or the software of this machine, cannot take; the case is skipped with that reason."""
 
 
 class RunFileError(VramError):

@@ -23,6 +23,7 @@ from pytest_vram.measure.job import job_of, own_job
 from pytest_vram.measure.machine import Device, Machine, start_machine
 from pytest_vram.measure.measurement import SEARCH_INTERRUPTED, CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.own import described, readable
+from pytest_vram.measure.recording import skipped
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
@@ -351,9 +352,7 @@ class SweepSession:
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
         if reason := impossible(plan.case.optimizations, "meta"):
-            nothing = {"memory": "skipped", "time": "skipped"}
-            common: dict[str, Any] = {"id": plan.case.id, "case": plan.case, "method": "estimated"}
-            return Record(status="skipped", reason=reason, unavailable=nothing, **common)
+            return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "estimated"})
         self.say(f"estimating {plan.case.id}")
         outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s)
         return estimated_record(plan.case, outcome, seconds)

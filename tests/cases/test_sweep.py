@@ -185,9 +185,10 @@ def test_default_sweep(path: Path) -> None:
         assert {native, 1024} <= {case.width for case in cases if case.model == name}
 
 
-def test_default_sweep_of_this_repository_leaves_nothing_out() -> None:
-    cases = cases_of(read_sweep(BENCH, "default"))
+def test_the_sweeps_of_this_repository_leave_nothing_out() -> None:
+    cases = [*cases_of(read_sweep(BENCH, "default")), *cases_of(read_sweep(BENCH, "frontier"))]
     assert {name for case in cases for name in case.optimizations} == set(OPTIMIZATIONS)
+    cases = cases_of(read_sweep(BENCH, "default"))
     assert {case.batch_size for case in cases} == {1, 4}
     assert "sd-food" in read_sweep(BENCH, "default").blocks["sizes"].models
 

@@ -236,20 +236,24 @@ def test_trained_and_random_weights_take_the_same_bytes(saved: Path, tiny: Model
         ("vae_tiling", 1, 32, False),
         ("vae_tiling", 1, 64, True),
         ("channels_last", 1, 32, True),
+        ("fused_qkv", 1, 32, True),
+        ("tf32", 1, 32, True),
+        ("layerwise_casting", 1, 32, True),
+        ("attention_native_math", 1, 32, False),  # this UNet's attention asks for no backend
     ],
 )
 def test_an_optimization_is_seen_to_take_effect_or_not(
     tiny: Model, name: str, batch_size: int, size: int, applied: bool
 ) -> None:
-    pipe = random_pipeline(tiny, torch.float32, "cpu")
     (optimization,) = chosen([name])
-    optimization.apply(pipe)
+    pipe = random_pipeline(tiny, torch.float32, "cpu", prepare=lambda parts: optimization.prepare(parts, "unet"))
+    optimization.apply(pipe, "unet")
     seen = optimization.watch(pipe, "unet")
     pipe(**call_arguments(pipe, case_of(tiny, batch_size=batch_size, height=size, width=size), None))
     assert seen() is applied
 
 
-@pytest.mark.parametrize("name", ["attention_slicing", "vae_slicing", "vae_tiling", "channels_last"])
+@pytest.mark.parametrize("name", ["attention_slicing", "vae_slicing", "vae_tiling", "channels_last", "fused_qkv"])
 def test_an_optimization_that_was_not_applied_is_not_seen(tiny: Model, name: str) -> None:
     pipe = random_pipeline(tiny, torch.float32, "cpu")
     seen = chosen([name])[0].watch(pipe, "unet")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pytest_vram.pipelines.optimizations import DTYPES, OPTIMIZATIONS, chosen, impossible, parse_optimizations
+from pytest_vram.pipelines.optimizations import DTYPES, OPTIMIZATIONS, chosen, excluded, impossible, parse_optimizations
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,15 @@ def test_registry(name: str) -> None:
     assert optimization.summary
     assert "\n" not in optimization.summary
     assert "+" not in name, "a set is written with +"
-    for other in optimization.excludes:
-        assert name in OPTIMIZATIONS[other].excludes, "exclusion goes both ways"
+    for other in excluded(name):
+        assert name in excluded(other), "exclusion goes both ways"
+        assert impossible(("bf16", *(n for n in OPTIMIZATIONS if n in (name, other))), "meta")
+
+
+def test_of_one_kind_there_is_one() -> None:
+    assert "attention_flash" in excluded("attention_slicing")
+    assert "excludes attention_sage" in (impossible(("fp16", "attention_flash", "attention_sage"), "cuda") or "")
+    assert impossible(("fp16", "attention_flash", "vae_slicing"), "cuda") is None
 
 
 def test_chosen_keeps_the_order_of_the_names() -> None:

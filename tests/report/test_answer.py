@@ -13,7 +13,7 @@ from pytest_vram.report.answer import answer, find_model
 from pytest_vram.report.cards import Card, find_card
 from pytest_vram.report.document import Document
 from pytest_vram.report.verdicts import best
-from tests.records.test_schema import BARE, FAILURE, MIB, own, record
+from tests.records.test_schema import BARE, FAILURE, MIB, facts, own, record
 from tests.report.test_render import H100, HOSTILE, a_report, a_run, estimate, hostile_run
 
 MODELS = ["sdxl", "sdxl-turbo", "stable-diffusion-v1-5"]
@@ -106,7 +106,8 @@ def test_a_choice_for_a_larger_workload_is_said_to_be_one() -> None:
     assert (cells["verdict"], cells["required"], cells["run"]) == ("fits", "4.66", "R2")
     assert unspaced(cells["with"]) == unspaced("fp16+model_offload (from 1024x1024, batch 4)")
     assert row(text, "1024x1024 b4")["with"] == "fp16+model_offload"
-    said = "such as GeForce RTX 4060, with fp16+model_offload: required 4.66 of 6.59 GiB, 2.000 s on "
+    said = "such as GeForce RTX 4060, with fp16+model_offload: required 4.66 of 6.59 GiB, "
+    said += f"{facts()['memory']['weights_bytes'] / 2**30:.2f} GiB of weights in host memory, 2.000 s on "
     assert unspaced(f"{said}{H100['gpu']} (1024x1024, batch 4) (R2).") in unspaced(text)
     assert "\nR2: more.json" in text
     assert "R1: " not in text

@@ -16,6 +16,7 @@ from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.forkserver import Starter, Worker
 from pytest_vram.measure.job import job_of
+from pytest_vram.measure.recording import skipped
 from pytest_vram.pipelines.optimizations import impossible
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Failure, Memory, PhaseCost, Record, Wall
 
@@ -124,6 +125,8 @@ class Estimates:
 def estimated_record(case: Case, outcome: Message, seconds: float) -> Record:
     """The record of a case that was estimated and not run."""
     common: dict[str, Any] = {"id": case.id, "case": case, "method": "estimated", "wall": Wall(total_s=seconds)}
+    if outcome["event"] == "skipped":
+        return skipped(without_paths(outcome["message"]), common)
     if outcome["event"] != "done":
         failure = Failure(
             message=without_paths(outcome["message"]), output_tail=without_paths(outcome.get("output_tail", ""))

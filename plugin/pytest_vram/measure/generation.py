@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pytest_vram.errors import Inapplicable
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.device import device_of
 from pytest_vram.measure.exactness import difference, save_output
@@ -66,6 +67,8 @@ class _Generation:
                 save_output(self.output, Path(self.job["keep_output"]))
             else:
                 self.generate(pipe)
+        except Inapplicable as error:
+            self.reporter.ask("skipped", status="skipped", message=str(error))
         except Exception as error:
             self.fail(error, ooms)
         else:

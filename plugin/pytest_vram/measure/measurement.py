@@ -14,7 +14,7 @@ from pytest_vram.measure.exactness import NoReference, References
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
-from pytest_vram.measure.recording import WorkerRun, record_of, with_exactness, with_need, without_need
+from pytest_vram.measure.recording import WorkerRun, record_of, skipped, with_exactness, with_need, without_need
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, impossible
 from pytest_vram.records.schema import NOT_SEARCHED, Failure, Record, Wall
@@ -76,8 +76,7 @@ def measure(
     """
     common: dict[str, Any] = {"id": case.id, "case": case, "method": "measured"}
     if reason := impossible(case.optimizations, machine.device):
-        nothing = {"memory": "skipped", "time": "skipped"}
-        return Record(status="skipped", reason=reason, unavailable=nothing, **common)
+        return skipped(reason, common)
     began = time.monotonic()
     measurer = CaseWorkers(case, job, machine, settings, say)
     try:
@@ -89,6 +88,8 @@ def measure(
         nothing = {"memory": "interrupted", "time": "interrupted"}
         record = Record(status="error", failure=failure, wall=wall, unavailable=nothing, **common)
         raise CaseInterrupted(record) from None
+    if runs[-1].outcome["event"] == "skipped":
+        return skipped(without_paths(runs[-1].outcome["message"]), common)
     record = record_of(case, machine, runs, time.monotonic() - began, common)
     record = with_exactness(record, runs[-1].outcome, against, no_reference)
     searched = time.monotonic()

@@ -5,6 +5,7 @@ from typing import Any
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model
+from pytest_vram.errors import Inapplicable
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.worker import Reporter
 
@@ -60,5 +61,9 @@ def estimate(job: Message, reporter: Reporter) -> None:
 
     model, case = Model.model_validate(job["model"]), Case.model_validate(job["case"])
     arguments = {"capability": float(job["capability"])} if job.get("capability") else {}
-    result: dict[str, Any] = asdict(simulate(model, case, **arguments))
-    reporter.ask("done", **result)
+    try:
+        result: dict[str, Any] = asdict(simulate(model, case, **arguments))
+    except Inapplicable as error:
+        reporter.ask("skipped", message=str(error))
+    else:
+        reporter.ask("done", **result)

@@ -113,6 +113,12 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
     return Record(unavailable=unavailable, **fields)
 
 
+def skipped(reason: str, common: dict[str, Any]) -> Record:
+    """The record of a case that cannot be run."""
+    nothing = {"memory": "skipped", "time": "skipped"}
+    return Record(status="skipped", reason=reason, unavailable=nothing, **common)
+
+
 def with_exactness(record: Record, outcome: Message, against: Case | None, no_reference: str) -> Record:
     """The record with what the comparison of its output gave, or why there was none."""
     if against is None and not no_reference:

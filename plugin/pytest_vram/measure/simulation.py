@@ -50,6 +50,8 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
     with torch.no_grad():
         with Trace():  # under a trace large tables of positions cost nothing
             components = {name: build_component(part, dtype) for name, part in model.components.items()}
+            for optimization in optimizations:
+                optimization.prepare(components, model.denoiser)
         for module in components.values():
             _to_meta(module)
         with OneDevice(), Trace(capability) as trace:

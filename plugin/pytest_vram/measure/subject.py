@@ -78,15 +78,19 @@ class SweepSubject:
         place = "cpu" if any(o.offloads for o in self.optimizations) else place
         torch.manual_seed(self.case.seed)
         if self.case.weights == "pretrained" and not self.probe:
-            pipe = pretrained_pipeline(self.model, dtype, place)
+            pipe = pretrained_pipeline(self.model, dtype, place, self._prepare)
         elif self.on_host:
-            pipe = random_pipeline(self.model, dtype, "cpu").to(place)
+            pipe = random_pipeline(self.model, dtype, "cpu", prepare=self._prepare).to(place)
         else:
-            pipe = random_pipeline(self.model, dtype, place, share=self.probe)
+            pipe = random_pipeline(self.model, dtype, place, share=self.probe, prepare=self._prepare)
         self._weights = weights_bytes(networks(pipe))  # before an offload hides them
         for optimization in self.optimizations:
-            optimization.apply(pipe)
+            optimization.apply(pipe, self.model.denoiser)
         return pipe
+
+    def _prepare(self, parts: Mapping[str, torch.nn.Module]) -> None:
+        for optimization in self.optimizations:
+            optimization.prepare(parts, self.model.denoiser)
 
     def weights(self, pipe: Any) -> int | None:
         return self._weights

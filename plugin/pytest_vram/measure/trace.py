@@ -272,6 +272,12 @@ class Trace(TorchDispatchMode):
         return out
 
 
+def _is_fused() -> bool:
+    """Whether attention may take a fused kernel; under `sdpa_kernel(SDPBackend.MATH)` it may not."""
+    cuda = torch.backends.cuda
+    return bool(cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+
+
 class OneDevice(TorchFunctionMode):
     """The pipeline sees one device: a move is a cast or nothing. Attention takes a fused kernel's memory."""
 
@@ -290,7 +296,7 @@ class OneDevice(TorchFunctionMode):
             kwargs.pop("device", None)
         if func in (torch.Tensor.numpy, torch.Tensor.tolist) and args[0].is_meta:
             return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        if func is torch.nn.functional.scaled_dot_product_attention and _is_fused():
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 """Builds a diffusers pipeline from a model's architecture or from its trained weights, and says how to call it."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ NOISE_BLOCK = 1 << 20  # elements of the block that host weights repeat: drawing
 SHARED_STRIDE = 256  # elements between the beginnings of weights that share a storage, so that none looks tied
 
 Components = dict[str, torch.nn.Module]
+Prepare = Callable[[Components], object]
 
 
 def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module:
@@ -156,6 +157,8 @@ class Noise:
         return data.add_(mean) if mean else data
 
     def _fill(self, data: torch.Tensor) -> torch.Tensor:
+        if data.element_size() == 1:  # float8 has no arithmetic
+            return self._fill(torch.empty_like(data, dtype=torch.bfloat16)).to(data.dtype)
         if self._device != "cpu":
             return data.normal_(0, NOISE_STD)
         if data.dtype not in self._blocks:
@@ -264,16 +267,26 @@ def with_call_defaults(model: Model) -> Model:
     return model.model_copy(update={"native": model.native.model_copy(update=known)})
 
 
-def random_pipeline(model: Model, dtype: torch.dtype, device: str, *, share: bool = False) -> Any:
-    """The pipeline with random weights, its networks on `device`; on the host they may `share` their storage."""
+def random_pipeline(
+    model: Model, dtype: torch.dtype, device: str, *, share: bool = False, prepare: Prepare | None = None
+) -> Any:
+    """The pipeline with random weights, its networks on `device`; on the host they may `share` their storage.
+
+    `prepare` changes the networks before they have weights.
+    """
     components: Components = {name: build_component(part, dtype) for name, part in model.components.items()}
+    if prepare:
+        prepare(components)
     noise = Noise(device, components.values(), share=share)
     fill(components, noise, device)
     return assemble(model, components)
 
 
-def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str) -> Any:
-    """The pipeline with its trained weights, from safetensors only and with no remote code, on `device`."""
+def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str, prepare: Prepare | None = None) -> Any:
+    """The pipeline with its trained weights, from safetensors only and with no remote code, on `device`.
+
+    `prepare` changes the networks in host memory.
+    """
     cls = pipeline_class(model)
     accepted = inspect.signature(cls.__init__).parameters
     left_out = {name: None for name in NOT_MEASURED if name in accepted}
@@ -284,6 +297,8 @@ def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str) -> Any:
         model.hub_id, dtype=dtype, use_safetensors=True, local_files_only=local, **left_out, **arguments
     )
     pipe.set_progress_bar_config(disable=True)
+    if prepare:
+        prepare(networks(pipe))
     return pipe if device == "cpu" else pipe.to(device)
 
 

@@ -1,11 +1,18 @@
-"""Offload with no GPU: the comings and goings of the weights, told to a recorder as accelerate's hooks make them."""
+"""Offload with no GPU: the comings and goings of the weights, told to a recorder as the hooks of accelerate and
+diffusers make them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
+from diffusers.hooks import group_offloading
 
+from pytest_vram.errors import Inapplicable
 from pytest_vram.pipelines.build import modules_in_order
+
+META = torch.device("meta")
 
 
 class Recorder(Protocol):
@@ -100,3 +107,128 @@ def one_layer_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Recor
             module.register_forward_hook(lambda _, __, ___, unit=unit: unit.drop())
             units.append(unit)
     return lambda: any(unit.loads for unit in units)
+
+
+class _Stream:
+    """Beside which diffusers copies weights; here they have come as soon as they are asked for."""
+
+    def synchronize(self) -> None: ...
+
+
+class _Group:
+    """What diffusers' hooks take for a `ModuleGroup`: they read its attributes and call `onload_` and `offload_`."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        *,
+        modules: Sequence[torch.nn.Module],
+        parameters: Sequence[torch.Tensor] | None = None,
+        buffers: Sequence[torch.Tensor] | None = None,
+        offload_leader: torch.nn.Module,
+        onload_leader: torch.nn.Module | None = None,
+        onload_device: torch.device,
+        onload_self: bool = True,
+        stream: _Stream | None = None,
+        non_blocking: bool = False,
+        **_: Any,
+    ) -> None:
+        self.modules, self.parameters, self.buffers = modules, parameters or [], buffers or []
+        self.offload_leader, self.onload_leader, self.onload_self = offload_leader, onload_leader, onload_self
+        self.onload_device, self.stream, self.non_blocking = onload_device, stream, non_blocking
+        self.offload_device: torch.device | None = onload_device
+        self.recorder = recorder
+        self.loads = 0
+        self.pinned = {id(tensor): tensor.dtype for tensor in self._tensors()}
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """In the order in which they come."""
+        tensors = [tensor for module in self.modules for tensor in (*module.parameters(), *module.buffers())]
+        return list({id(tensor): tensor for tensor in (*tensors, *self.parameters, *self.buffers)}.values())
+
+    def onload_(self) -> None:
+        tensors = self._tensors()
+        if self.stream and any(self.pinned.get(id(tensor)) != tensor.dtype for tensor in tensors):
+            raise Inapplicable("group offload with a stream undoes the cast of a network that is cast after it")
+        self.loads += 1
+        self.offload_device = None  # no weight is where it rests, which is how the hooks ask whether they have come
+        for tensor in tensors:
+            self.recorder.arrive(tensor)
+
+    def offload_(self) -> None:
+        self.offload_device = self.onload_device
+        for tensor in self._tensors():
+            self.recorder.on_host(tensor)
+        if self.stream is None and self.loads:  # Module.to() makes new buffers; those in `buffers` still come, too
+            for part in (part for module in self.modules for part in module.modules()):
+                for name, buffer in part._buffers.items():
+                    if buffer is not None:
+                        part._buffers[name] = buffer.to(buffer.device, copy=True)
+
+
+def ungroupable(network: torch.nn.Module, *, leaf: bool) -> str | None:
+    """Why this network would fail under diffusers' group offload, or None.
+
+    Hooks sit on forward alone: where `decode` is called, or a layer's weight is used without calling the layer, the
+    weights stay in host memory. A VAE by blocks needs a list of its parts, which few classes have.
+    """
+    kind = type(network).__name__
+    if not getattr(network, "_supports_group_offloading", True):
+        return f"{kind} does not support group offload"
+    if not leaf and hasattr(network, "decode") and not getattr(network, "_group_offload_block_modules", None):
+        return f"{kind} does not support group offload by blocks: its weights would stay in host memory for decode"
+    if leaf and any(isinstance(module, torch.nn.MultiheadAttention) for module in network.modules()):
+        return f"{kind} does not support group offload by leaves: it has a MultiheadAttention, which calls no out_proj"
+    return None
+
+
+def groups_at_a_time(
+    networks: Mapping[str, torch.nn.Module],
+    recorder: Recorder,
+    *,
+    leaf: bool,
+    blocks: int = 1,
+    stream: bool = False,
+    exclude: Collection[str] = (),
+) -> Callable[[], bool]:
+    """`enable_group_offload` by leaves or by groups of `blocks`: a group's weights are there for its forward, with a
+    `stream` from that of the group before it on, once a first forward has shown the order. Networks to `exclude` come
+    at once and stay. The allocator's cache is never emptied. The result says whether any group came.
+
+    The hooks are diffusers' own; only a group's comings and goings are replaced. What differs with a stream: weights
+    come in no time; they take blocks of the one pool that the recorder knows, and not of the stream's own; and where a
+    group is fetched again before it leaves, no weight is there twice meanwhile. `record_stream` is off: the host waits
+    for the GPU before weights leave, so that their memory is free at once.
+
+    Raises:
+        Inapplicable: when a network would fail under it; with a stream also later, when one is cast and then comes.
+    """
+    groups: list[_Group] = []
+    side, real_config = _Stream() if stream else None, group_offloading.GroupOffloadingConfig
+
+    def group(**given: Any) -> _Group:
+        groups.append(_Group(recorder, **given))
+        return groups[-1]
+
+    def config(**given: Any) -> Any:
+        return real_config(**{**given, "stream": side})
+
+    options: dict[str, Any] = {
+        "onload_device": META,
+        "offload_type": "leaf_level" if leaf else "block_level",
+        "num_blocks_per_group": blocks,
+    }
+    with patch.multiple(group_offloading, ModuleGroup=group, GroupOffloadingConfig=config):
+        for network in (network for name, network in networks.items() if name not in exclude):
+            if problem := ungroupable(network, leaf=leaf):
+                raise Inapplicable(problem)
+            apply: Any = getattr(
+                network, "enable_group_offload", partial(group_offloading.apply_group_offloading, network)
+            )
+            apply(**options)
+    for name in exclude:
+        for module in modules_in_order({name: networks[name]}):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    recorder.arrive(tensor)
+    return lambda: any(group.loads for group in groups)

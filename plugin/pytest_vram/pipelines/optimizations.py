@@ -7,7 +7,7 @@ imported while tests are collected, so torch is imported only inside the methods
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pytest_vram.errors import unknown
+from pytest_vram.errors import Inapplicable, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -23,14 +23,26 @@ class Optimization:
     name: ClassVar[str]
     summary: ClassVar[str]
     excludes: ClassVar[frozenset[str]] = frozenset()
+    one_of: ClassVar[str | None] = None  # of the flags that are one of the same a case has one
     dtype: ClassVar[str | None] = None
     environ: ClassVar[Mapping[str, str]] = {}
     offloads: ClassVar[bool] = False  # the weights start in host memory
     needs_gpu: ClassVar[bool] = False
     exact: ClassVar[bool] = False  # claims to leave the image as it is
 
-    def apply(self, pipe: Any) -> None:
-        """Change the pipeline, whose networks are in place."""
+    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> None:
+        """Change the networks before their weights come to the GPU.
+
+        Raises:
+            Inapplicable: when this pipeline cannot take it.
+        """
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        """Change the pipeline, whose networks are in place.
+
+        Raises:
+            Inapplicable: when this pipeline cannot take it.
+        """
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         """Look on from before the first call; the result says afterwards whether the flag took effect."""
@@ -38,7 +50,7 @@ class Optimization:
 
     def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
         """What `apply` and `watch` do, on a pipeline of meta tensors whose memory `recorder` records."""
-        self.apply(pipe)
+        self.apply(pipe, denoiser)
         return self.watch(pipe, denoiser)
 
 
@@ -71,11 +83,12 @@ class Bf16(_Dtype):
 
 class AttentionSlicing(Optimization):
     name = "attention_slicing"
+    one_of = "attention backends"  # its processors replace those that ask for a backend
     exact = True
     summary = "attention in slices of heads; it replaces the fused attention, so check that it saves anything"
 
-    def apply(self, pipe: Any) -> None:
-        pipe.enable_attention_slicing()
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        taken(pipe, "enable_attention_slicing")()
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         ran: set[str] = set()
@@ -85,13 +98,85 @@ class AttentionSlicing(Optimization):
         return lambda: any("Sliced" in name for name in ran)
 
 
+class _Attention(Optimization):
+    """A backend of diffusers' attention; models whose attention does not ask for one ignore it."""
+
+    backend: ClassVar[str]
+    install: ClassVar[str] = ""  # the command that brings the package it needs
+    needs_gpu = True
+    one_of = "attention backends"
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        try:
+            taken(getattr(pipe, denoiser), "set_attention_backend")(self.backend)
+        except (RuntimeError, ImportError) as error:  # what it needs is not here
+            why = self.install and f"it needs a package: {self.install}"
+            raise Inapplicable(f"{self.name}: {why or ' '.join(str(error).split())}") from None
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        ran: set[Any] = set()
+
+        def note(module: Any, *_: Any) -> None:
+            ran.add(getattr(module.processor, "_attention_backend", None))
+
+        for module in getattr(pipe, denoiser).modules():
+            if hasattr(module, "processor"):
+                module.register_forward_pre_hook(note)
+        return lambda: self.backend in ran
+
+
+class AttentionNativeMath(_Attention):
+    name = "attention_native_math"
+    backend = "_native_math"
+    summary = "PyTorch's attention without a fused kernel: what a fused one saves"
+
+
+class AttentionNativeEfficient(_Attention):
+    name = "attention_native_efficient"
+    backend = "_native_efficient"
+    summary = "PyTorch's memory-efficient kernel"
+
+
+class AttentionNativeFlash(_Attention):
+    name = "attention_native_flash"
+    backend = "_native_flash"
+    summary = "PyTorch's FlashAttention kernel"
+
+
+class AttentionNativeCudnn(_Attention):
+    name = "attention_native_cudnn"
+    backend = "_native_cudnn"
+    summary = "cuDNN's fused kernel"
+
+
+class AttentionFlash(_Attention):
+    name = "attention_flash"
+    backend = "flash"
+    install = "pip install flash-attn"
+    summary = "FlashAttention 2 of the package flash-attn"
+
+
+class AttentionSage(_Attention):
+    name = "attention_sage"
+    backend = "sage"
+    install = "pip install sageattention"
+    summary = "SageAttention, in 8 bits"
+
+
+class AttentionXformers(_Attention):
+    name = "attention_xformers"
+    backend = "xformers"
+    install = "pip install xformers"
+    summary = "xFormers' memory-efficient kernel"
+
+
 class VaeSlicing(Optimization):
     name = "vae_slicing"
     exact = True
     summary = "the VAE decodes one image of the batch at a time"
 
-    def apply(self, pipe: Any) -> None:
-        pipe.vae.enable_slicing()
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        taken(pipe.vae, "enable_slicing")()
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         batches = _batches_of(pipe.vae, "decode")
@@ -104,8 +189,8 @@ class VaeTiling(Optimization):
     exact = True
     summary = "the VAE decodes overlapping tiles; nothing happens below its tile size"
 
-    def apply(self, pipe: Any) -> None:
-        pipe.vae.enable_tiling()
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        taken(pipe.vae, "enable_tiling")()
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         tiled = _batches_of(pipe.vae, "tiled_decode")
@@ -117,7 +202,7 @@ class ChannelsLast(Optimization):
     exact = True
     summary = "the convolutions of denoiser and VAE in NHWC memory format"
 
-    def apply(self, pipe: Any) -> None:
+    def apply(self, pipe: Any, denoiser: str) -> None:
         import torch
 
         for network in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None), pipe.vae):
@@ -138,15 +223,67 @@ class ChannelsLast(Optimization):
         return lambda: any(formats)
 
 
+class FusedQkv(Optimization):
+    name = "fused_qkv"
+    exact = True
+    summary = "query, key and value of the denoiser's attention as one matrix product; the old weights stay"
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        try:
+            taken(getattr(pipe, denoiser), "fuse_qkv_projections")()
+        except ValueError as error:
+            raise Inapplicable(f"{denoiser} takes no fuse_qkv_projections: {error}") from None
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        return lambda: any(getattr(module, "fused_projections", False) for module in getattr(pipe, denoiser).modules())
+
+
+class Tf32(Optimization):
+    name = "tf32"
+    summary = "matrix products of float32 in TensorFloat-32; other dtypes have none"
+    needs_gpu = True
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        import torch
+
+        network = getattr(pipe, denoiser)
+        return lambda: network.dtype == torch.float32
+
+    def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
+        return self.watch(pipe, denoiser)  # products take no other memory
+
+
+class LayerwiseCasting(Optimization):
+    name = "layerwise_casting"
+    summary = "the denoiser's weights rest in float8 and are cast, layer by layer, when they are used"
+    excludes = frozenset({"sequential_offload"})
+
+    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> None:
+        import torch
+
+        network: Any = networks[denoiser]
+        network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=network.dtype)
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        import torch
+
+        return lambda: any(p.dtype == torch.float8_e4m3fn for p in getattr(pipe, denoiser).parameters())
+
+
 class ModelOffload(Optimization):
     name = "model_offload"
     exact = True
     summary = "one network at a time on the GPU, the others in host memory"
-    excludes = frozenset({"sequential_offload"})
+    one_of = "offloads"
     offloads = True
     needs_gpu = True
 
-    def apply(self, pipe: Any) -> None:
+    def apply(self, pipe: Any, denoiser: str) -> None:
         pipe.enable_model_cpu_offload()
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
@@ -172,11 +309,11 @@ class SequentialOffload(Optimization):
     name = "sequential_offload"
     exact = True
     summary = "one layer at a time on the GPU, everything else in host memory: the least VRAM, the most time"
-    excludes = frozenset({"model_offload"})
+    one_of = "offloads"
     offloads = True
     needs_gpu = True
 
-    def apply(self, pipe: Any) -> None:
+    def apply(self, pipe: Any, denoiser: str) -> None:
         pipe.enable_sequential_cpu_offload()
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
@@ -216,9 +353,19 @@ _REGISTRY: tuple[Optimization, ...] = (
     Fp16(),
     Bf16(),
     AttentionSlicing(),
+    AttentionNativeMath(),
+    AttentionNativeEfficient(),
+    AttentionNativeFlash(),
+    AttentionNativeCudnn(),
+    AttentionFlash(),
+    AttentionSage(),
+    AttentionXformers(),
     VaeSlicing(),
     VaeTiling(),
     ChannelsLast(),
+    FusedQkv(),
+    Tf32(),
+    LayerwiseCasting(),
     ModelOffload(),
     SequentialOffload(),
     ExpandableSegments(),
@@ -245,11 +392,22 @@ def parse_optimizations(text: str) -> tuple[str, ...]:
     return ordered
 
 
+def excluded(name: str) -> tuple[str, ...]:
+    """The flags that cannot be there beside this one, in registry order."""
+    this = OPTIMIZATIONS[name]
+
+    def clashes(other: Optimization) -> bool:
+        same = this.one_of is not None and this.one_of == other.one_of
+        return same or name in other.excludes or other.name in this.excludes
+
+    return tuple(other.name for other in _REGISTRY if other.name != name and clashes(other))
+
+
 def impossible(names: Sequence[str], device: str) -> str | None:
     """Why these optimizations cannot run together on `device` ("meta" stands for a GPU), or None."""
     for name in names:
         optimization = OPTIMIZATIONS[name]
-        if clash := [other for other in names if other in optimization.excludes]:
+        if clash := [other for other in names if other in excluded(name)]:
             return f"{name} excludes {', '.join(clash)}"
         if optimization.needs_gpu and device == "cpu":
             return f"{name} needs a GPU"
@@ -273,6 +431,18 @@ def torch_dtype(names: Sequence[str]) -> "torch.dtype":
     name = next(optimization.dtype for optimization in chosen(names) if optimization.dtype)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def taken(owner: Any, method: str) -> Callable[..., Any]:
+    """This method, which not every class has.
+
+    Raises:
+        Inapplicable: naming the class that lacks it.
+    """
+    found: Callable[..., Any] | None = getattr(owner, method, None)
+    if found is None:
+        raise Inapplicable(f"{type(owner).__name__} has no {method}")
+    return found
 
 
 def _batches_of(module: Any, method: str) -> list[int]:
