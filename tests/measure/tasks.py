@@ -93,7 +93,8 @@ def generate(job: Message, reporter: Reporter) -> None:
 
     `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap
     from `need_mib` on, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or
-    the fields of its failure. `no_reference` is why a reference fails. An output is the names of the optimizations.
+    the fields of its failure. `skipped` is why the case cannot be run, `no_reference` why a reference fails. An output
+    is the names of the optimizations.
     """
     script = script_of(job)
     figures: dict[str, Any] = {
@@ -132,6 +133,9 @@ def generate(job: Message, reporter: Reporter) -> None:
         return
     figures |= script.get("done", {})
     reporter.send("phase", phase="warm-up")
+    if "skipped" in script:
+        reporter.ask("skipped", status="skipped", message=script["skipped"])
+        return
     if "failed" in script:
         reporter.ask("failed", **{**figures, **script["failed"]})
         return

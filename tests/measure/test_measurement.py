@@ -557,7 +557,7 @@ def test_ctrl_c_in_the_search_keeps_what_was_measured(
     assert list(tmp_path.iterdir()) == []
 
 
-# The output, compared with that of the case without its exact flags
+# The output, compared with that of the case with its dtype alone
 
 TILED = case_of("fp32", "vae_tiling")
 
@@ -582,6 +582,19 @@ def test_a_case_keeps_its_output_for_those_that_are_compared_with_it(cuda: Stage
     assert Path(compared["compare_output"]).read_text() == "fp32"
     assert "compare_output" not in kept
     assert "keep_output" not in compared
+
+
+def test_a_flag_that_claims_nothing_is_compared_all_the_same(cuda: Stage, references: References) -> None:
+    cuda.measure(references=references)
+    record = cuda.measure(case=case_of("fp32", "layerwise_casting"), references=references)
+    assert record.exactness == Exactness(against=case_of("fp32").id, claimed=False, **DIFFERENCE)
+    assert record.exact is None
+
+
+def test_a_worker_that_finds_a_flag_inapplicable_skips_the_case(cuda: Stage) -> None:
+    record = cuda.measure(skipped="AutoencoderTiny has no enable_tiling")
+    assert (record.status, record.reason) == ("skipped", "AutoencoderTiny has no enable_tiling")
+    assert record.unavailable == {"memory": "skipped", "time": "skipped"}
 
 
 def test_an_output_that_is_missing_is_made_by_one_more_worker_and_used_again(

@@ -217,6 +217,12 @@ def test_exact_is_what_rounding_in_the_dtype_explains(optimizations: list[str], 
     assert Record.model_validate({**document, "exact": not exact}).exact is exact, "judged where it is read"
 
 
+def test_of_flags_that_claim_nothing_the_difference_is_information() -> None:
+    apart = {"against": "x", "max_abs_difference": 0.9, "mean_abs_difference": 0.5, "psnr_db": 6.0}
+    assert record(exactness={**apart, "claimed": False}).exact is None
+    assert record(exactness=apart).exact is False
+
+
 def test_what_was_not_compared_is_neither_exact_nor_not() -> None:
     assert record().exact is None
     assert record().model_dump(mode="json")["exact"] is None

@@ -122,6 +122,12 @@ def test_what_is_not_exact_is_marked(mean: float, psnr: float | None, lines: lis
     assert first_column(record(exactness=exactness)) == lines
 
 
+def test_a_flag_that_claims_nothing_is_not_blamed() -> None:
+    apart = {"against": "x", "max_abs_difference": 0.9, "mean_abs_difference": 0.0312, "psnr_db": 20.0}
+    shown = first_column(record(exactness={**apart, "claimed": False}))
+    assert shown == ["sdxl", "fp16 1024x1024 b1", "the image: differs by 0.031"]
+
+
 def test_a_pipeline_of_ones_own_stands_under_its_file() -> None:
     assert first_column(own()) == ["tests/test_app.py", "test_painter"]
     assert line(own()).startswith("tests/test_app.py::test_painter: ok, 12.49 GiB required")

@@ -207,6 +207,8 @@ def test_remark() -> None:
     assert found.no_effect == ("vae_tiling", "vae_slicing")
     assert found.remark == "no effect: vae_tiling, vae_slicing; not exact"
     assert choice(measured()).remark == ""
+    information = {**exactness, "claimed": False, "psnr_db": 31.4}
+    assert choice(measured(exactness=information)).remark == "image 31 dB"
 
 
 @pytest.mark.parametrize("order", [1, -1])

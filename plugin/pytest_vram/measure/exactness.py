@@ -1,4 +1,4 @@
-"""Whether a flag that should leave the image as it is has done so: its output against that of the case without it."""
+"""What flags do to the image: the output of a case against that of the same case with its dtype alone."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pytest_vram.cases.case import Case
-from pytest_vram.pipelines.optimizations import chosen, without_exact
+from pytest_vram.pipelines.optimizations import chosen, plain
 
 Make = Callable[[Case, Path, bool], str | None]
 """Runs a case once and keeps its output in a file; the flag says whether its weights are made in host memory. The
@@ -19,11 +19,11 @@ class NoReference(Exception):
 
 
 def reference_of(case: Case) -> Case | None:
-    """The same case without its flags that claim to be exact and without a limit, or None where it has no such flag."""
-    plain = without_exact(case.optimizations)
-    if plain == case.optimizations:
+    """The same case with its dtype alone and no limit, or None where it has no other flag."""
+    dtype = plain(case.optimizations)
+    if dtype == case.optimizations:
         return None
-    return case.model_copy(update={"optimizations": plain, "limit_bytes": None})
+    return case.model_copy(update={"optimizations": dtype, "limit_bytes": None})
 
 
 class References:
@@ -42,7 +42,7 @@ class References:
         return self._path(case, False) if case in self._wanted else None
 
     def find(self, case: Case, make: Make) -> tuple[Case, Path] | None:
-        """The case without its exact flags and the file with its output, which `make` makes where it is missing.
+        """The case with its dtype alone and the file with its output, which `make` makes where it is missing.
 
         Raises:
             NoReference: when it could not be made.

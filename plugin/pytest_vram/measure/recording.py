@@ -12,6 +12,7 @@ from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import Need
 from pytest_vram.measure.sampling import Sampler
+from pytest_vram.pipelines.optimizations import claims_exact
 from pytest_vram.records.schema import (
     ABNORMAL,
     NVML_SLACK_BYTES,
@@ -134,7 +135,7 @@ def with_exactness(record: Record, outcome: Message, against: Case | None, no_re
         return without("the case did not complete")
     if "difference" not in outcome:
         return without(outcome.get("difference_error", "it was not reported"))
-    found = {**outcome["difference"], "against": against.id}
+    found = {**outcome["difference"], "against": against.id, "claimed": claims_exact(record.case.optimizations)}
     try:
         return record.model_copy(update={"exactness": Exactness.model_validate(found)})
     except ValidationError as error:

@@ -419,9 +419,14 @@ def chosen(names: Sequence[str]) -> list[Optimization]:
     return [OPTIMIZATIONS[name] for name in names]
 
 
-def without_exact(names: Sequence[str]) -> tuple[str, ...]:
-    """These names without those that claim to leave the image as it is."""
-    return tuple(name for name in names if not OPTIMIZATIONS[name].exact)
+def plain(names: Sequence[str]) -> tuple[str, ...]:
+    """The dtype among these names, alone."""
+    return tuple(name for name in names if name in DTYPES)
+
+
+def claims_exact(names: Sequence[str]) -> bool:
+    """Whether all flags beside the dtype claim to leave the image as it is."""
+    return all(OPTIMIZATIONS[name].exact for name in names if name not in DTYPES)
 
 
 def torch_dtype(names: Sequence[str]) -> "torch.dtype":

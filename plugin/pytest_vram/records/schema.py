@@ -125,8 +125,9 @@ class Failure(_Part):
 
 class Exactness(_Part):
     """The decoded output against that of the case `against`, same seed: values are from 0 to 1, PSNR is in dB and null
-    where nothing differs."""
+    where nothing differs. `claimed`: all flags of the case claim to leave the image as it is."""
 
+    claimed: bool = True
     against: str = Field(min_length=1, max_length=500)
     max_abs_difference: float = Field(ge=0, le=1)
     mean_abs_difference: float = Field(ge=0, le=1)
@@ -168,8 +169,9 @@ class Record(_Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def exact(self) -> bool | None:
-        """Whether the output's mean difference is one that rounding in the dtype explains; None where not compared."""
-        if self.exactness is None:
+        """Whether the output's mean difference is one that rounding in the dtype explains; None where it was not
+        compared, or a flag claims no such thing."""
+        if self.exactness is None or not self.exactness.claimed:
             return None
         roundoff = next((ROUNDOFF[name] for name in self.case.optimizations if name in ROUNDOFF), ROUNDOFF["bf16"])
         return self.exactness.mean_abs_difference <= EXACT_WITHIN_ROUNDOFFS * roundoff

@@ -81,7 +81,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "power_w": (REAL, "power, mean over the rounds"),
     "energy_j_per_image": (REAL, "energy of one image"),
     "no_effect": (TEXT, "the optimizations that were seen to change nothing, joined with +"),
-    "exact": (FLAG, "whether the output equals that of the case without its exact flags, but for rounding"),
+    "exact": (FLAG, "where all flags claim it: whether the output equals that of the dtype alone, but for rounding"),
     "mean_abs_difference": (REAL, "mean difference of that output; values are from 0 to 1"),
     "max_abs_difference": (REAL, "largest difference of that output"),
     "psnr_db": (REAL, "PSNR against that output; null where nothing differs"),

@@ -88,8 +88,9 @@ def _row(record: Record) -> list[str]:
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
     if no_effect:
         label += f"\n   {', '.join(no_effect)}: no effect"
-    if record.exactness is not None and not record.exact:
-        label += f"\n   not exact: differs by {record.exactness.mean_abs_difference:.2g}"
+    if record.exactness is not None and not record.exact and record.exactness.mean_abs_difference:
+        what = "not exact" if record.exactness.claimed else "the image"
+        label += f"\n   {what}: differs by {record.exactness.mean_abs_difference:.2g}"
     return [
         escape(f" {label}"),
         record.status if record.method == "measured" or record.status != "ok" else "estim.",

@@ -185,6 +185,9 @@ class Choice:
         """What a person should know before taking it."""
         remarks = [f"no effect: {', '.join(self.no_effect)}"] if self.no_effect else []
         remarks += ["not exact"] if self.record.exact is False else []
+        exactness = self.record.exactness
+        if exactness and not exactness.claimed and exactness.psnr_db is not None:
+            remarks.append(f"image {exactness.psnr_db:.0f} dB")
         remarks += ["out of memory"] if self.record.status == "oom" else []
         return "; ".join(remarks)
 
