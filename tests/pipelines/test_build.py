@@ -1,5 +1,7 @@
 """Pipelines from architectures and from saved weights."""
 
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Component, Model, model_from_folder, read_models
-from pytest_vram.errors import UsageError
+from pytest_vram.errors import Inapplicable, UsageError
 from pytest_vram.pipelines.build import (
+    Arrived,
     Components,
     Noise,
     build_component,
@@ -239,6 +242,8 @@ def test_trained_and_random_weights_take_the_same_bytes(saved: Path, tiny: Model
         ("fused_qkv", 1, 32, True),
         ("tf32", 1, 32, True),
         ("layerwise_casting", 1, 32, True),
+        ("int8_weight_only", 1, 32, True),
+        ("fp8_weight_only", 1, 32, True),
         ("attention_native_math", 1, 32, False),  # this UNet's attention asks for no backend
     ],
 )
@@ -246,7 +251,12 @@ def test_an_optimization_is_seen_to_take_effect_or_not(
     tiny: Model, name: str, batch_size: int, size: int, applied: bool
 ) -> None:
     (optimization,) = chosen([name])
-    pipe = random_pipeline(tiny, torch.float32, "cpu", prepare=lambda parts: optimization.prepare(parts, "unet"))
+
+    def prepare(parts: Components) -> list[Arrived]:
+        change = optimization.prepare(parts, "unet")
+        return [change] if change else []
+
+    pipe = random_pipeline(tiny, torch.float32, "cpu", prepare=prepare)
     optimization.apply(pipe, "unet")
     seen = optimization.watch(pipe, "unet")
     pipe(**call_arguments(pipe, case_of(tiny, batch_size=batch_size, height=size, width=size), None))
@@ -259,3 +269,48 @@ def test_an_optimization_that_was_not_applied_is_not_seen(tiny: Model, name: str
     seen = chosen([name])[0].watch(pipe, "unet")
     pipe(**call_arguments(pipe, case_of(tiny, batch_size=2, height=64, width=64), None))
     assert not seen()
+
+
+@pytest.mark.parametrize("name", ["int8_weight_only", "fp8_weight_only"])
+def test_a_quantized_linear_layer_takes_half_and_nothing_holds_what_it_was(tiny: Model, name: str) -> None:
+    (optimization,) = chosen([name])
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def prepare(parts: Components) -> list[Arrived]:
+        change = optimization.prepare(parts, "unet")
+        assert change is not None
+
+        def watched(module: torch.nn.Module) -> None:
+            assert not any(isinstance(ref(), torch.Tensor) for ref in alive), "the last one's weights are gone"
+            alive.clear()
+            if isinstance(module, torch.nn.Linear) and module in linear:
+                alive.append(weakref.ref(module.weight))
+            change(module)
+
+        linear = {module for module in parts["unet"].modules() if isinstance(module, torch.nn.Linear)}
+        return [watched]
+
+    plain, quantized = (random_pipeline(tiny, torch.bfloat16, "cpu", prepare=how) for how in (None, prepare))
+    linear = sum(m.weight.numel() for m in plain.unet.modules() if isinstance(m, torch.nn.Linear))
+    rows = sum(m.out_features for m in plain.unet.modules() if isinstance(m, torch.nn.Linear))
+    saved = weights_bytes(networks(plain)) - weights_bytes(networks(quantized))
+    assert 4 * rows <= linear - saved <= 8 * rows, (
+        "a byte of two each, but for a scale of each row and what goes with it"
+    )
+    for one, other in zip(plain.vae.parameters(), quantized.vae.parameters(), strict=True):
+        assert one.dtype == other.dtype == torch.bfloat16
+
+
+def test_without_its_package_a_quantization_is_inapplicable(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(Inapplicable, match=r"^int8_weight_only: it needs a package: pip install torchao$"):
+        chosen(["int8_weight_only"])[0].prepare({}, "unet")
+
+
+def test_a_backend_without_its_package_and_a_method_that_is_not_there_are_inapplicable(tiny: Model) -> None:
+    pipe = random_pipeline(tiny, torch.float32, "cpu")
+    with pytest.raises(Inapplicable, match=r"^attention_sage: it needs a package: pip install sageattention$"):
+        chosen(["attention_sage"])[0].apply(pipe, "unet")
+    pipe.vae = torch.nn.Module()
+    with pytest.raises(Inapplicable, match=r"^Module has no enable_tiling$"):
+        chosen(["vae_tiling"])[0].apply(pipe, "unet")

@@ -15,6 +15,7 @@ from pytest_vram.pipelines.build import (
     build_component,
     call_arguments,
     modules_in_order,
+    stored,
     weights_bytes,
 )
 from pytest_vram.pipelines.optimizations import ExpandableSegments, chosen, torch_dtype
@@ -51,7 +52,9 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
         with Trace():  # under a trace large tables of positions cost nothing
             components = {name: build_component(part, dtype) for name, part in model.components.items()}
             for optimization in optimizations:
-                optimization.prepare(components, model.denoiser)
+                if change := optimization.prepare(components, model.denoiser):
+                    for module in modules_in_order(components):
+                        change(module)
         for module in components.values():
             _to_meta(module)
         with OneDevice(), Trace(capability) as trace:
@@ -59,8 +62,8 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
             if not offloaded:
                 for module in modules_in_order(components):
                     for tensor in (*module._parameters.values(), *module._buffers.values()):
-                        if tensor is not None:
-                            trace.track(tensor)
+                        for part in stored(tensor) if tensor is not None else ():
+                            trace.track(part)
             seen = {o.name: o.simulate(pipe, model.denoiser, trace) for o in optimizations}
             phases = Phases(pipe, model.denoiser, trace.enter, decoder=model.decoder)
             arguments = call_arguments(pipe, case.model_copy(update={"steps": STEPS}), None)

@@ -16,6 +16,7 @@ from pytest_vram.cases.models import Model
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.phases import Enter, Phases, Queued, WholeCall
 from pytest_vram.pipelines.build import (
+    Arrived,
     call_arguments,
     denoiser_calls,
     networks,
@@ -88,9 +89,9 @@ class SweepSubject:
             optimization.apply(pipe, self.model.denoiser)
         return pipe
 
-    def _prepare(self, parts: Mapping[str, torch.nn.Module]) -> None:
-        for optimization in self.optimizations:
-            optimization.prepare(parts, self.model.denoiser)
+    def _prepare(self, parts: Mapping[str, torch.nn.Module]) -> list[Arrived]:
+        changes = [optimization.prepare(parts, self.model.denoiser) for optimization in self.optimizations]
+        return [change for change in changes if change]
 
     def weights(self, pipe: Any) -> int | None:
         return self._weights

@@ -1,15 +1,17 @@
 """Builds a diffusers pipeline from a model's architecture or from its trained weights, and says how to call it."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import NOT_MEASURED, Component, Model
@@ -23,7 +25,10 @@ NOISE_BLOCK = 1 << 20  # elements of the block that host weights repeat: drawing
 SHARED_STRIDE = 256  # elements between the beginnings of weights that share a storage, so that none looks tied
 
 Components = dict[str, torch.nn.Module]
-Prepare = Callable[[Components], object]
+Arrived = Callable[[torch.nn.Module], None]
+"""Changes a module that has its weights."""
+Prepare = Callable[[Components], Sequence[Arrived]]
+"""Changes networks that have none yet, or have them in host memory."""
 
 
 def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module:
@@ -184,20 +189,26 @@ def modules_in_order(components: Mapping[str, torch.nn.Module]) -> Iterator[torc
         yield from children_first(components[name])
 
 
-def fill(components: Mapping[str, torch.nn.Module], noise: Noise, device: str) -> None:
-    """Replace meta parameters by noise, and move the buffers to `device`, in the order of `pipe.to(device)`."""
-    made: dict[int, torch.nn.Parameter] = {}
+def fill(components: Mapping[str, torch.nn.Module], noise: Noise, device: str, arrived: Sequence[Arrived] = ()) -> None:
+    """Replace meta parameters by noise, and move the buffers to `device`, in the order of `pipe.to(device)`; then
+    `arrived` may change the module, before the next one has its weights."""
+    made: WeakValueDictionary[int, torch.nn.Parameter] = WeakValueDictionary()  # what `arrived` replaces is gone
     for module in modules_in_order(components):
         for name, tensor in module._parameters.items():
             if tensor is None:
                 continue
-            if id(tensor) not in made:
+            parameter = made.get(id(tensor))
+            if parameter is None:
                 is_norm = name in ("weight", "gamma") and "norm" in type(module).__name__.lower()
-                made[id(tensor)] = torch.nn.Parameter(noise.like(tensor, 1.0 if is_norm else 0.0), requires_grad=False)
-            module._parameters[name] = made[id(tensor)]
+                parameter = torch.nn.Parameter(noise.like(tensor, 1.0 if is_norm else 0.0), requires_grad=False)
+                made[id(tensor)] = parameter
+            module._parameters[name] = parameter
+            del parameter
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+        for change in arrived:
+            change(module)
 
 
 def assemble(model: Model, components: Mapping[str, torch.nn.Module], **attributes: Any) -> Any:
@@ -275,10 +286,9 @@ def random_pipeline(
     `prepare` changes the networks before they have weights.
     """
     components: Components = {name: build_component(part, dtype) for name, part in model.components.items()}
-    if prepare:
-        prepare(components)
+    arrived = prepare(components) if prepare else ()
     noise = Noise(device, components.values(), share=share)
-    fill(components, noise, device)
+    fill(components, noise, device, arrived)
     return assemble(model, components)
 
 
@@ -297,8 +307,9 @@ def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str, prepare: 
         model.hub_id, dtype=dtype, use_safetensors=True, local_files_only=local, **left_out, **arguments
     )
     pipe.set_progress_bar_config(disable=True)
-    if prepare:
-        prepare(networks(pipe))
+    for change in prepare(networks(pipe)) if prepare else ():
+        for module in modules_in_order(networks(pipe)):
+            change(module)
     return pipe if device == "cpu" else pipe.to(device)
 
 
@@ -340,11 +351,18 @@ def denoiser_calls(pipe: Any, steps: int) -> int | None:
 def weights_bytes(components: Mapping[str, torch.nn.Module]) -> int:
     """Bytes of all parameters and buffers, each counted once."""
     tensors = {
-        id(tensor): tensor.numel() * tensor.element_size()
+        id(tensor): sum(part.numel() * part.element_size() for part in stored(tensor))
         for module in components.values()
         for tensor in (*module.parameters(), *module.buffers())
     }
     return sum(tensors.values())
+
+
+def stored(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold this one's values: itself, or the parts of a quantized one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in stored(getattr(tensor, name))]
 
 
 def networks(pipe: Any) -> Components:

@@ -139,7 +139,7 @@ class _Group:
         self.offload_device: torch.device | None = onload_device
         self.recorder = recorder
         self.loads = 0
-        self.pinned = {id(tensor): tensor.dtype for tensor in self._tensors()}
+        self.pinned = {id(tensor): tensor.dtype for tensor in self._tensors()}  # with a stream, copies that are kept
 
     def _tensors(self) -> list[torch.Tensor]:
         """In the order in which they come."""

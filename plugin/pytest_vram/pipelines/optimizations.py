@@ -30,8 +30,9 @@ class Optimization:
     needs_gpu: ClassVar[bool] = False
     exact: ClassVar[bool] = False  # claims to leave the image as it is
 
-    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> None:
-        """Change the networks before their weights come to the GPU.
+    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None] | None":
+        """Change the networks before they have weights on the GPU. The result is called with each of their modules when
+        it has its own, before the next one has.
 
         Raises:
             Inapplicable: when this pipeline cannot take it.
@@ -261,6 +262,7 @@ class Tf32(Optimization):
 class LayerwiseCasting(Optimization):
     name = "layerwise_casting"
     summary = "the denoiser's weights rest in float8 and are cast, layer by layer, when they are used"
+    one_of = "precisions of the weights"
     excludes = frozenset({"sequential_offload"})
 
     def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> None:
@@ -273,6 +275,48 @@ class LayerwiseCasting(Optimization):
         import torch
 
         return lambda: any(p.dtype == torch.float8_e4m3fn for p in getattr(pipe, denoiser).parameters())
+
+
+class _WeightOnly(Optimization):
+    """Quantization by torchao: the weights of the denoiser's linear layers, each as it comes; arithmetic stays."""
+
+    config: ClassVar[str]
+    one_of = "precisions of the weights"
+    excludes = frozenset({"sequential_offload", "fused_qkv"})
+
+    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None]":
+        import torch
+
+        try:
+            from torchao import quantization
+        except ImportError:
+            raise Inapplicable(f"{self.name}: it needs a package: pip install torchao") from None
+        config = getattr(quantization, self.config)()
+        network: Any = networks[denoiser]
+        dtype, linear = network.dtype, {m for m in network.modules() if isinstance(m, torch.nn.Linear)}
+
+        def quantize(module: Any) -> None:
+            if module in linear and module.weight.dtype == dtype:  # what is kept in float32 stays so
+                quantization.quantize_(torch.nn.Sequential(module), config)
+
+        return quantize
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+        return lambda: any(is_traceable_wrapper_subclass(p) for p in getattr(pipe, denoiser).parameters())
+
+
+class Int8WeightOnly(_WeightOnly):
+    name = "int8_weight_only"
+    summary = "the weights of the denoiser's linear layers in int8, by torchao"
+    config = "Int8WeightOnlyConfig"
+
+
+class Fp8WeightOnly(_WeightOnly):
+    name = "fp8_weight_only"
+    summary = "the weights of the denoiser's linear layers in float8, by torchao"
+    config = "Float8WeightOnlyConfig"
 
 
 class ModelOffload(Optimization):
@@ -366,6 +410,8 @@ _REGISTRY: tuple[Optimization, ...] = (
     FusedQkv(),
     Tf32(),
     LayerwiseCasting(),
+    Int8WeightOnly(),
+    Fp8WeightOnly(),
     ModelOffload(),
     SequentialOffload(),
     ExpandableSegments(),
