@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model, read_models
+from pytest_vram.errors import Inapplicable
 from pytest_vram.measure.allocator import Event, Replay, replay
 from pytest_vram.measure.simulation import Estimate, simulate
 from pytest_vram.measure.trace import META, OneDevice, Trace
 from pytest_vram.pipelines.build import build_component, modules_in_order
+from pytest_vram.pipelines.optimizations import OPTIMIZATIONS
 from tests.pipelines.test_build import case_of
 
 MODELS = read_models()
@@ -83,6 +86,55 @@ def test_an_effect_is_seen_in_the_estimate_too(tiny: Model) -> None:
     assert slicing == ["no_effect", "applied"]
     assert estimate(tiny, "fp32", "channels_last").effects["channels_last"] == "applied"
     assert estimate(tiny, "fp32").effects == {"fp32": "applied"}
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("fused_qkv", 1.0, 2.0),  # the fused weights beside the old ones
+        ("tf32", 1.0, 1.0),
+        ("layerwise_casting", 0.25, 0.75),  # of fp32: the denoiser's weights take a quarter
+        ("int8_weight_only", 0.25, 0.99),
+        ("fp8_weight_only", 0.25, 0.99),
+    ],
+)
+def test_what_a_flag_makes_of_the_weights(tiny: Model, name: str, least: float, most: float) -> None:
+    plain, found = estimate(tiny, "fp32"), estimate(tiny, "fp32", name)
+    assert found.effects == {"fp32": "applied", name: "applied"}
+    assert least * plain.weights <= found.weights <= most * plain.weights
+    assert least * plain.phases["load"] <= found.phases["load"] <= most * plain.phases["load"]
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZATIONS if name.startswith("group_offload")])
+def test_a_group_is_there_only_while_it_is_used(tiny: Model, name: str) -> None:
+    plain, found = estimate(tiny, "fp32"), estimate(tiny, "fp32", name)
+    assert found.effects[name] == "applied"
+    assert found.phases["load"] < 64 << 10, "a few small buffers"
+    assert found.phases["encode"] < plain.phases["encode"]
+    leaf, block = estimate(tiny, "fp32", "group_offload_leaf"), estimate(tiny, "fp32", "group_offload_block")
+    assert leaf.phases["denoise"] < block.phases["denoise"] < plain.phases["denoise"]
+
+
+def test_a_quantized_network_is_offloaded_as_it_is_kept(tiny: Model) -> None:
+    plain, found = (estimate(tiny, "fp32", *more, "model_offload") for more in ((), ("int8_weight_only",)))
+    assert found.phases["load"] == plain.phases["load"] < 64 << 10
+    assert found.phases["denoise"] < plain.phases["denoise"]
+
+
+def test_what_a_pipeline_cannot_take_is_said(tiny: Model) -> None:
+    with pytest.raises(Inapplicable, match=r"^attention_flash: it needs a package: pip install flash-attn$"):
+        estimate(tiny, "fp32", "attention_flash")
+
+
+def test_attention_without_a_fused_kernel_holds_the_scores() -> None:
+    query, key, value = (torch.empty(1, 2, 256, 8, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    peaks = []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with OneDevice(), Trace() as trace, sdpa_kernel(backend):
+            torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        peaks.append(trace.peak)
+    scores = 2 * 256 * 256 * 4  # in float32
+    assert peaks[0] < scores <= peaks[1]
 
 
 def test_expandable_segments_reserve_less(tiny: Model) -> None:

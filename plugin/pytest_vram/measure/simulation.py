@@ -51,12 +51,12 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
     with torch.no_grad():
         with Trace():  # under a trace large tables of positions cost nothing
             components = {name: build_component(part, dtype) for name, part in model.components.items()}
-            for optimization in optimizations:
-                if change := optimization.prepare(components, model.denoiser):
-                    for module in modules_in_order(components):
-                        change(module)
         for module in components.values():
             _to_meta(module)
+        for optimization in optimizations:
+            if change := optimization.prepare(components, model.denoiser):
+                for module in modules_in_order(components):
+                    change(module)
         with OneDevice(), Trace(capability) as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:

@@ -10,7 +10,7 @@ import torch
 from diffusers.hooks import group_offloading
 
 from pytest_vram.errors import Inapplicable
-from pytest_vram.pipelines.build import modules_in_order
+from pytest_vram.pipelines.build import modules_in_order, stored
 
 META = torch.device("meta")
 
@@ -41,8 +41,8 @@ class Unit:
         """What the modules hold now: a cast in between makes new tensors."""
         for module in self.modules:
             for tensor in (*module._parameters.values(), *(module._buffers.values() if self.buffers else ())):
-                if tensor is not None:
-                    move(tensor)
+                for part in stored(tensor) if tensor is not None else ():
+                    move(part)
 
     def load(self) -> None:
         if not self.loaded:

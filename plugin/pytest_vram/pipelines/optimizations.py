@@ -282,7 +282,10 @@ class _WeightOnly(Optimization):
 
     config: ClassVar[str]
     one_of = "precisions of the weights"
-    excludes = frozenset({"sequential_offload", "fused_qkv"})
+    excludes = frozenset({
+        "sequential_offload", "fused_qkv",
+        "group_offload_block", "group_offload_leaf", "group_offload_block_stream", "group_offload_leaf_stream",
+    })  # fmt: skip
 
     def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None]":
         import torch
@@ -376,6 +379,79 @@ class SequentialOffload(Optimization):
         return one_layer_at_a_time(networks(pipe), recorder)
 
 
+class _GroupOffload(Optimization):
+    """diffusers' group offload. What it cannot take, such as most VAEs by blocks, stays on the GPU."""
+
+    exact = True
+    one_of = "offloads"
+    offloads = True
+    needs_gpu = True
+    leaf: ClassVar[bool]
+    stream: ClassVar[bool] = False
+
+    def _left_out(self, pipe: Any, denoiser: str) -> list[str]:
+        from pytest_vram.pipelines.build import networks
+        from pytest_vram.pipelines.offload import ungroupable
+
+        reasons = {name: ungroupable(network, leaf=self.leaf) for name, network in networks(pipe).items()}
+        if reason := reasons.get(denoiser):
+            raise Inapplicable(f"{self.name}: {reason}")
+        return [name for name, reason in reasons.items() if reason]
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        import torch
+
+        taken(pipe, "enable_group_offload")(
+            onload_device=torch.device("cuda"),
+            offload_type="leaf_level" if self.leaf else "block_level",
+            num_blocks_per_group=None if self.leaf else 1,
+            use_stream=self.stream,
+            exclude_modules=self._left_out(pipe, denoiser),
+        )
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        away: list[bool] = []
+
+        def note(module: "torch.nn.Module", *_: Any) -> None:
+            away.append(any(parameter.device.type == "cpu" for parameter in module.parameters()))
+
+        getattr(pipe, denoiser).register_forward_hook(note)
+        return lambda: bool(away) and all(away)
+
+    def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
+        from pytest_vram.pipelines.build import networks
+        from pytest_vram.pipelines.offload import groups_at_a_time
+
+        left_out = self._left_out(pipe, denoiser)
+        return groups_at_a_time(networks(pipe), recorder, leaf=self.leaf, stream=self.stream, exclude=left_out)
+
+
+class GroupOffloadBlock(_GroupOffload):
+    name = "group_offload_block"
+    summary = "one block of a network at a time on the GPU"
+    leaf = False
+
+
+class GroupOffloadLeaf(_GroupOffload):
+    name = "group_offload_leaf"
+    summary = "one layer at a time on the GPU"
+    leaf = True
+
+
+class GroupOffloadBlockStream(_GroupOffload):
+    name = "group_offload_block_stream"
+    summary = "the same by blocks, the next one copied meanwhile; host memory is pinned"
+    leaf = False
+    stream = True
+
+
+class GroupOffloadLeafStream(_GroupOffload):
+    name = "group_offload_leaf_stream"
+    summary = "the same by layers, the next one copied meanwhile; host memory is pinned"
+    leaf = True
+    stream = True
+
+
 class ExpandableSegments(Optimization):
     name = "expandable_segments"
     exact = True
@@ -414,6 +490,10 @@ _REGISTRY: tuple[Optimization, ...] = (
     Fp8WeightOnly(),
     ModelOffload(),
     SequentialOffload(),
+    GroupOffloadBlock(),
+    GroupOffloadLeaf(),
+    GroupOffloadBlockStream(),
+    GroupOffloadLeafStream(),
     ExpandableSegments(),
 )
 OPTIMIZATIONS: Mapping[str, Optimization] = {optimization.name: optimization for optimization in _REGISTRY}

@@ -157,8 +157,9 @@ class Choice:
 
     @property
     def moves(self) -> int:
-        """What an offload moves between host and GPU in a call: 0 nothing, 1 whole networks, 2 single layers."""
-        return 2 if "sequential_offload" in self.optimizations else int(self.offloads)
+        """How often an offload moves weights to the GPU: 0 never, 1 once a call, 2 in each step."""
+        in_each_step = any(name.startswith(("sequential_", "group_")) for name in self.optimizations)
+        return 2 if self.offloads and in_each_step else int(self.offloads)
 
     @property
     def host_bytes(self) -> int | None:
