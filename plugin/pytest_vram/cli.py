@@ -152,6 +152,7 @@ def optimizations(as_json: Json = False) -> None:
             "exact": o.exact,
             "excludes": list(excluded(o.name)),
             "needs_gpu": o.needs_gpu,
+            "needs_trained_weights": o.trained,
         }
         for o in OPTIMIZATIONS.values()
     ]

@@ -309,7 +309,7 @@ class SweepSession:
         if self.options.device == "meta":
             return self._estimate(plan)
         outcome: dict[str, Any] = {}
-        if self.estimates and not impossible(plan.case.optimizations, self.options.device):
+        if self.estimates and not impossible(plan.case.optimizations, self.options.device, plan.case.weights):
             outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
         estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
         record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
@@ -351,7 +351,7 @@ class SweepSession:
 
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
-        if reason := impossible(plan.case.optimizations, "meta"):
+        if reason := impossible(plan.case.optimizations, "meta", plan.case.weights):
             return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "estimated"})
         self.say(f"estimating {plan.case.id}")
         outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s)

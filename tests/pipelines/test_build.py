@@ -3,10 +3,12 @@
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch.overrides import TorchFunctionMode
 
@@ -27,7 +29,7 @@ from pytest_vram.pipelines.build import (
     random_pipeline,
     weights_bytes,
 )
-from pytest_vram.pipelines.optimizations import chosen
+from pytest_vram.pipelines.optimizations import OPTIMIZATIONS, chosen
 
 torch.set_num_threads(1)  # what runs here is tiny, and idle threads of a pool would spin
 MODELS = read_models()
@@ -239,6 +241,7 @@ def test_trained_and_random_weights_take_the_same_bytes(saved: Path, tiny: Model
         ("vae_tiling", 1, 32, False),
         ("vae_tiling", 1, 64, True),
         ("channels_last", 1, 32, True),
+        ("tiny_vae", 1, 32, True),
         ("fused_qkv", 1, 32, True),
         ("tf32", 1, 32, True),
         ("layerwise_casting", 1, 32, True),
@@ -314,3 +317,46 @@ def test_a_backend_without_its_package_and_a_method_that_is_not_there_are_inappl
     pipe.vae = torch.nn.Module()
     with pytest.raises(Inapplicable, match=r"^Module has no enable_tiling$"):
         chosen(["vae_tiling"])[0].apply(pipe, "unet")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZATIONS if name.startswith("cache_")])
+def test_a_cache_is_enabled(name: str) -> None:
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    inputs = {"in_channels": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8)}
+    pipe = SimpleNamespace(transformer=FluxTransformer2DModel(**sizes, **inputs), current_timestep=500)
+    (cache,) = chosen([name])
+    seen = cache.watch(pipe, "transformer")
+    assert not seen()
+    cache.apply(pipe, "transformer")
+    assert seen()
+
+
+def test_a_model_whose_vae_has_no_tiny_one(tiny: Model) -> None:
+    for network in (torch.nn.Linear(1, 1), AutoencoderKL(scaling_factor=0.5)):
+        with pytest.raises(Inapplicable, match=r"^tiny_vae: "):
+            chosen(["tiny_vae"])[0].prepare({"vae": network}, "unet")
+
+
+def test_trained_weights_get_what_is_prepared(tiny: Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[str] = []
+
+    def load(hub_id: str, **options: Any) -> torch.nn.Module:
+        known.append(hub_id)
+        assert options == {"dtype": torch.float32, "use_safetensors": True}
+        network: torch.nn.Module = AutoencoderTiny()
+        return network
+
+    monkeypatch.setattr(AutoencoderTiny, "from_pretrained", load)
+
+    def prepare(parts: Components) -> list[Arrived]:
+        chosen(["tiny_vae"])[0].prepare(parts, "unet")
+        change = chosen(["int8_weight_only"])[0].prepare(parts, "unet")
+        return [change] if change else []
+
+    model = tiny.model_copy(update={"hub_id": str(saved)})
+    pipe = pretrained_pipeline(model, torch.float32, "cpu", prepare)
+    assert known == ["madebyollin/taesd"]
+    assert type(pipe.vae).__name__ == "AutoencoderTiny"
+    assert chosen(["int8_weight_only"])[0].watch(pipe, "unet")()
+    case = case_of(tiny, height=32, width=32)
+    assert len(pipe(**call_arguments(pipe, case, None)).images) == 1

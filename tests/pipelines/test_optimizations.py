@@ -69,6 +69,14 @@ def test_registry(name: str) -> None:
         assert impossible(("bf16", *(n for n in OPTIMIZATIONS if n in (name, other))), "meta")
 
 
+def test_what_decides_by_values_needs_trained_weights_and_a_gpu() -> None:
+    names = ("bf16", "cache_first_block")
+    why = "cache_first_block decides by the values it sees: "
+    assert impossible(names, "cuda", "random") == why + "--vram-weights pretrained"
+    assert impossible(names, "meta", "pretrained") == why + "there is no estimate"
+    assert impossible(names, "cuda", "pretrained") is None
+
+
 def test_of_one_kind_there_is_one() -> None:
     assert "attention_flash" in excluded("attention_slicing")
     assert "excludes attention_sage" in (impossible(("fp16", "attention_flash", "attention_sage"), "cuda") or "")

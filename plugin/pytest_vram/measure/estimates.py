@@ -43,7 +43,7 @@ class Estimates:
         """`capability` is the GPU's compute capability, where it is known. `ahead` estimates cases that nobody has
         asked for yet; off where others estimate them too."""
         self._capability = capability
-        self._waiting = deque(case for case in cases if impossible(case.optimizations, "meta") is None)
+        self._waiting = deque(case for case in cases if impossible(case.optimizations, "meta", case.weights) is None)
         self._models, self._starter = models, starter
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         room = psutil.virtual_memory().available // WORKER_HOST_BYTES

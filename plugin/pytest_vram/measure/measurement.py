@@ -75,7 +75,7 @@ def measure(
         CaseInterrupted: at Ctrl-C, with the record; the worker is gone then.
     """
     common: dict[str, Any] = {"id": case.id, "case": case, "method": "measured"}
-    if reason := impossible(case.optimizations, machine.device):
+    if reason := impossible(case.optimizations, machine.device, getattr(case, "weights", "pretrained")):
         return skipped(reason, common)
     began = time.monotonic()
     measurer = CaseWorkers(case, job, machine, settings, say)

@@ -17,6 +17,7 @@ from pytest_vram.measure.channel import Message
 from pytest_vram.measure.phases import Enter, Phases, Queued, WholeCall
 from pytest_vram.pipelines.build import (
     Arrived,
+    Components,
     call_arguments,
     denoiser_calls,
     networks,
@@ -89,7 +90,7 @@ class SweepSubject:
             optimization.apply(pipe, self.model.denoiser)
         return pipe
 
-    def _prepare(self, parts: Mapping[str, torch.nn.Module]) -> list[Arrived]:
+    def _prepare(self, parts: Components) -> list[Arrived]:
         changes = [optimization.prepare(parts, self.model.denoiser) for optimization in self.optimizations]
         return [change for change in changes if change]
 

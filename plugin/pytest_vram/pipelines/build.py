@@ -307,8 +307,11 @@ def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str, prepare: 
         model.hub_id, dtype=dtype, use_safetensors=True, local_files_only=local, **left_out, **arguments
     )
     pipe.set_progress_bar_config(disable=True)
-    for change in prepare(networks(pipe)) if prepare else ():
-        for module in modules_in_order(networks(pipe)):
+    parts = networks(pipe)
+    arrived = prepare(parts) if prepare else ()
+    pipe.register_modules(**parts)
+    for change in arrived:
+        for module in modules_in_order(parts):
             change(module)
     return pipe if device == "cpu" else pipe.to(device)
 

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 Seen = Callable[[], bool]
 
+TINY_VAES = {  # latent channels and scaling factor of the VAE that each replaces
+    (4, 0.18215): "madebyollin/taesd",
+    (4, 0.13025): "madebyollin/taesdxl",
+    (16, 1.5305): "madebyollin/taesd3",
+    (16, 0.3611): "madebyollin/taef1",
+}
+
 
 class Optimization:
     """One flag. The defaults are those of a flag that changes the finished pipeline and nothing else."""
@@ -28,11 +35,12 @@ class Optimization:
     environ: ClassVar[Mapping[str, str]] = {}
     offloads: ClassVar[bool] = False  # the weights start in host memory
     needs_gpu: ClassVar[bool] = False
+    trained: ClassVar[bool] = False  # decides by the values it sees: needs trained weights, and cannot be estimated
     exact: ClassVar[bool] = False  # claims to leave the image as it is
 
-    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None] | None":
-        """Change the networks before they have weights on the GPU. The result is called with each of their modules when
-        it has its own, before the next one has.
+    def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None] | None":
+        """Change the networks, or put others in their place, before they have weights on the GPU. The result is called
+        with each of their modules when it has its own, before the next one has.
 
         Raises:
             Inapplicable: when this pipeline cannot take it.
@@ -198,6 +206,36 @@ class VaeTiling(Optimization):
         return lambda: bool(tiled)
 
 
+class TinyVae(Optimization):
+    name = "tiny_vae"
+    summary = "a distilled VAE of a few megabytes in place of the model's own; another image"
+    one_of = "VAEs"
+
+    def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> None:
+        import diffusers
+
+        from pytest_vram.cases.models import Component
+        from pytest_vram.pipelines.build import build_component
+
+        vae: Any = networks.get("vae")
+        if not isinstance(vae, diffusers.AutoencoderKL):
+            raise Inapplicable("tiny_vae: there is none for this model's VAE")
+        config = {"latent_channels": vae.config.latent_channels}
+        hub_id = TINY_VAES.get((vae.config.latent_channels, vae.config.scaling_factor))
+        if hub_id is None:
+            raise Inapplicable(f"tiny_vae: none has latents of {config['latent_channels']} channels and this scale")
+        if vae.device.type == "meta":
+            part = {"library": "diffusers", "class": "AutoencoderTiny", "config": config}
+            networks["vae"] = build_component(Component.model_validate(part), vae.dtype)
+        else:
+            tiny = diffusers.AutoencoderTiny
+            networks["vae"] = tiny.from_pretrained(hub_id, dtype=vae.dtype, use_safetensors=True)
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        decoded = _batches_of(pipe.vae, "decode")
+        return lambda: bool(decoded) and type(pipe.vae).__name__ == "AutoencoderTiny"
+
+
 class ChannelsLast(Optimization):
     name = "channels_last"
     exact = True
@@ -265,7 +303,7 @@ class LayerwiseCasting(Optimization):
     one_of = "precisions of the weights"
     excludes = frozenset({"sequential_offload"})
 
-    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> None:
+    def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> None:
         import torch
 
         network: Any = networks[denoiser]
@@ -287,7 +325,7 @@ class _WeightOnly(Optimization):
         "group_offload_block", "group_offload_leaf", "group_offload_block_stream", "group_offload_leaf_stream",
     })  # fmt: skip
 
-    def prepare(self, networks: "Mapping[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None]":
+    def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None]":
         import torch
 
         try:
@@ -320,6 +358,53 @@ class Fp8WeightOnly(_WeightOnly):
     name = "fp8_weight_only"
     summary = "the weights of the denoiser's linear layers in float8, by torchao"
     config = "Float8WeightOnlyConfig"
+
+
+class _Cache(Optimization):
+    """A cache of diffusers: outputs of the denoiser's parts are used again in the next steps."""
+
+    config: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}  # as diffusers' documentation has them
+    by_timestep: ClassVar[bool] = False
+    one_of = "caches"
+    trained = True
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        import diffusers
+
+        enable, config = taken(getattr(pipe, denoiser), "enable_cache"), taken(diffusers, self.config)
+        more = {"current_timestep_callback": lambda: pipe.current_timestep} if self.by_timestep else {}
+        enable(config(**self.options, **more))
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        return lambda: bool(getattr(pipe, denoiser).is_cache_enabled)
+
+
+class CacheFirstBlock(_Cache):
+    name = "cache_first_block"
+    summary = "FirstBlockCache: the rest is left out where the first block's output hardly changed"
+    config = "FirstBlockCacheConfig"
+
+
+class CachePyramidAttention(_Cache):
+    name = "cache_pyramid_attention"
+    summary = "Pyramid Attention Broadcast: attention is computed in every other step"
+    config = "PyramidAttentionBroadcastConfig"
+    options = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (100, 800)}
+    by_timestep = True
+
+
+class CacheFaster(_Cache):
+    name = "cache_faster"
+    summary = "FasterCache: attention and the unconditional branch are computed in some steps"
+    config = "FasterCacheConfig"
+    by_timestep = True
+
+
+class CacheTaylorSeer(_Cache):
+    name = "cache_taylorseer"
+    summary = "TaylorSeer: outputs are predicted from those of earlier steps"
+    config = "TaylorSeerCacheConfig"
 
 
 class ModelOffload(Optimization):
@@ -482,12 +567,17 @@ _REGISTRY: tuple[Optimization, ...] = (
     AttentionXformers(),
     VaeSlicing(),
     VaeTiling(),
+    TinyVae(),
     ChannelsLast(),
     FusedQkv(),
     Tf32(),
     LayerwiseCasting(),
     Int8WeightOnly(),
     Fp8WeightOnly(),
+    CacheFirstBlock(),
+    CachePyramidAttention(),
+    CacheFaster(),
+    CacheTaylorSeer(),
     ModelOffload(),
     SequentialOffload(),
     GroupOffloadBlock(),
@@ -529,14 +619,18 @@ def excluded(name: str) -> tuple[str, ...]:
     return tuple(other.name for other in _REGISTRY if other.name != name and clashes(other))
 
 
-def impossible(names: Sequence[str], device: str) -> str | None:
-    """Why these optimizations cannot run together on `device` ("meta" stands for a GPU), or None."""
+def impossible(names: Sequence[str], device: str, weights: str = "pretrained") -> str | None:
+    """Why these optimizations cannot run together on `device` ("meta" stands for a GPU) with such weights, or None."""
     for name in names:
         optimization = OPTIMIZATIONS[name]
         if clash := [other for other in names if other in excluded(name)]:
             return f"{name} excludes {', '.join(clash)}"
         if optimization.needs_gpu and device == "cpu":
             return f"{name} needs a GPU"
+        if optimization.trained and weights == "random":
+            return f"{name} decides by the values it sees: --vram-weights pretrained"
+        if optimization.trained and device == "meta":
+            return f"{name} decides by the values it sees: there is no estimate"
     return None
 
 
