@@ -209,7 +209,6 @@ class VaeTiling(Optimization):
 class TinyVae(Optimization):
     name = "tiny_vae"
     summary = "a distilled VAE of a few megabytes in place of the model's own; another image"
-    one_of = "VAEs"
 
     def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> None:
         import diffusers
