@@ -1,5 +1,6 @@
 """Warnings are errors here, as they are not in bench/; those that other libraries make for themselves are not ours."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from pytest_vram.cases.models import Model, read_model
 
 HERE = Path(__file__).parent
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+    del os.environ[name]  # what the tests start is no worker of theirs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
