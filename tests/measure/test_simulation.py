@@ -91,7 +91,7 @@ def test_an_effect_is_seen_in_the_estimate_too(tiny: Model) -> None:
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
-        ("fused_qkv", 1.0, 2.0),  # the fused weights beside the old ones
+        ("fused_qkv", 1.0, 1.0),  # before it is fused
         ("tf32", 1.0, 1.0),
         ("layerwise_casting", 0.25, 0.75),  # of fp32: the denoiser's weights take a quarter
         ("int8_weight_only", 0.25, 0.99),

@@ -57,6 +57,7 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
             if change := optimization.prepare(components, model.denoiser):
                 for module in modules_in_order(components):
                     change(module)
+        weights = weights_bytes(components)
         with OneDevice(), Trace(capability) as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:
@@ -77,7 +78,7 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
     else:
         need = smallest_cap(trace.events, trace.peak - MIB, free.reserved_peak, TOLERANCE)
     return Estimate(
-        weights=weights_bytes(components),
+        weights=weights,
         allocated_peak=free.allocated_peak,
         reserved_peak=free.reserved_peak,
         need=need,
