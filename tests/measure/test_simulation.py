@@ -91,7 +91,6 @@ def test_an_effect_is_seen_in_the_estimate_too(tiny: Model) -> None:
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
-        ("fused_qkv", 1.0, 1.0),  # before it is fused
         ("tf32", 1.0, 1.0),
         ("layerwise_casting", 0.25, 0.75),  # of fp32: the denoiser's weights take a quarter
         ("int8_weight_only", 0.25, 0.99),
@@ -103,6 +102,13 @@ def test_what_a_flag_makes_of_the_weights(tiny: Model, name: str, least: float, 
     assert found.effects == {"fp32": "applied", name: "applied"}
     assert least * plain.weights <= found.weights <= most * plain.weights
     assert least * plain.phases["load"] <= found.phases["load"] <= most * plain.phases["load"]
+
+
+def test_fused_weights_stand_beside_the_old_ones(tiny: Model) -> None:
+    plain, found = estimate(tiny, "fp32"), estimate(tiny, "fp32", "fused_qkv")
+    assert found.effects["fused_qkv"] == "applied"
+    assert found.weights == plain.weights
+    assert plain.phases["load"] < found.phases["load"] < 2 * plain.phases["load"]
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZATIONS if name.startswith("group_offload")])
