@@ -172,7 +172,7 @@ def test_an_output_with_no_tensor_is_not_kept(path: Path) -> None:
 # What a case is compared with
 
 
-@pytest.mark.parametrize("name", [name for name, flag in OPTIMIZATIONS.items() if not flag.dtype])
+@pytest.mark.parametrize("name", [name for name, flag in OPTIMIZATIONS.items() if not (flag.dtype or flag.replaces)])
 def test_a_case_is_compared_with_its_dtype_alone(name: str) -> None:
     case = case_of("fp16", name, limit_bytes=1 << 30, seed=7)
     assert reference_of(case) == case_of("fp16", seed=7)
@@ -180,6 +180,11 @@ def test_a_case_is_compared_with_its_dtype_alone(name: str) -> None:
 
 def test_all_flags_are_left_out_at_once() -> None:
     assert reference_of(case_of("bf16", "vae_slicing", "layerwise_casting")) == case_of("bf16")
+
+
+def test_random_weights_of_another_network_are_compared_with_nothing() -> None:
+    assert reference_of(case_of("fp16", "tiny_vae", "vae_tiling")) is None
+    assert reference_of(case_of("fp16", "tiny_vae", weights="pretrained")) == case_of("fp16", weights="pretrained")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

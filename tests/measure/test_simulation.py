@@ -10,7 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model, read_models
 from pytest_vram.errors import Inapplicable
+from pytest_vram.measure import generation
 from pytest_vram.measure.allocator import Event, Replay, replay
+from pytest_vram.measure.estimates import estimated_record
+from pytest_vram.measure.probes import estimate as estimate_task
 from pytest_vram.measure.simulation import Estimate, simulate
 from pytest_vram.measure.trace import META, OneDevice, Trace
 from pytest_vram.pipelines.build import build_component, modules_in_order
@@ -130,6 +133,35 @@ def test_a_quantized_network_is_offloaded_as_it_is_kept(tiny: Model) -> None:
 def test_what_a_pipeline_cannot_take_is_said(tiny: Model) -> None:
     with pytest.raises(Inapplicable, match=r"^attention_flash: it needs a package: pip install flash-attn$"):
         estimate(tiny, "fp32", "attention_flash")
+
+
+class Heard:
+    """What a task reports."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def send(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    ask = send
+
+
+def test_a_worker_reports_that_a_flag_is_inapplicable(tiny: Model) -> None:
+    case = case_of(tiny, optimizations=("fp32", "attention_flash"))
+    document = {
+        "id": case.id,
+        "case": case.model_dump(mode="json"),
+        "model": tiny.model_dump(mode="json", by_alias=True),
+    }
+    job = {**document, "device": "cpu", "timeout_s": 60.0}
+    for task in (estimate_task, generation.run):
+        heard: Any = Heard()
+        task(job, heard)
+        event, fields = heard.events[-1]
+        assert (event, fields["message"]) == ("skipped", "attention_flash: it needs a package: pip install flash-attn")
+    record = estimated_record(case, {"event": event, **fields}, 1.0)
+    assert (record.status, record.reason) == ("skipped", fields["message"])
 
 
 def test_attention_without_a_fused_kernel_holds_the_scores() -> None:

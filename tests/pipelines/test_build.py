@@ -1,5 +1,6 @@
 """Pipelines from architectures and from saved weights."""
 
+import itertools
 import sys
 import weakref
 from pathlib import Path
@@ -29,10 +30,11 @@ from pytest_vram.pipelines.build import (
     random_pipeline,
     weights_bytes,
 )
-from pytest_vram.pipelines.optimizations import OPTIMIZATIONS, chosen
+from pytest_vram.pipelines.optimizations import OPTIMIZATIONS, chosen, impossible
 
 torch.set_num_threads(1)  # what runs here is tiny, and idle threads of a pool would spin
 MODELS = read_models()
+TWO = ("transformer", "transformer_2")
 T5 = Component.model_validate(
     {
         "library": "transformers",
@@ -360,3 +362,67 @@ def test_trained_weights_get_what_is_prepared(tiny: Model, saved: Path, monkeypa
     assert chosen(["int8_weight_only"])[0].watch(pipe, "unet")()
     case = case_of(tiny, height=32, width=32)
     assert len(pipe(**call_arguments(pipe, case, None)).images) == 1
+
+
+def test_weights_under_layerwise_casting_are_the_same_but_for_rounding(tiny: Model) -> None:
+    (casting,) = chosen(["layerwise_casting"])
+
+    def prepare(parts: Components) -> list[Arrived]:
+        casting.prepare(parts, "unet")
+        return []
+
+    plain: list[torch.Tensor] = []
+    cast: list[torch.Tensor] = []
+    for how, found in ((None, plain), (prepare, cast)):
+        torch.manual_seed(0)
+        found += [p.float() for p in random_pipeline(tiny, torch.float16, "cpu", prepare=how).unet.parameters()]
+    for one, other in zip(plain, cast, strict=True):
+        assert (one - other).abs().max() <= 0.07 * one.abs().max()  # float8 has 3 bits behind the first
+
+
+PAIRS = [
+    (one, other)
+    for one, other in itertools.combinations([n for n, o in OPTIMIZATIONS.items() if not (o.dtype or o.trained)], 2)
+    if impossible(("fp32", one, other), "cpu") is None
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=map("+".join, PAIRS))
+def test_what_is_allowed_together_works_together(tiny: Model, one: str, other: str) -> None:
+    flags = chosen([one, other])
+
+    def prepare(parts: Components) -> list[Arrived]:
+        return [change for flag in flags if (change := flag.prepare(parts, "unet"))]
+
+    pipe = random_pipeline(tiny, torch.float32, "cpu", prepare=prepare)
+    for flag in flags:
+        flag.apply(pipe, "unet")
+    seen = [flag.watch(pipe, "unet") for flag in flags]
+    pipe(**call_arguments(pipe, case_of(tiny, batch_size=2, height=64, width=64), None))
+    assert [flag.name for flag, applied in zip(flags, seen, strict=True) if not applied()] == []
+
+
+def test_both_denoisers_are_changed() -> None:
+    networks: Any = {name: build_component(MODELS["wan2.2-t2v-a14b"].components[name], torch.bfloat16) for name in TWO}
+    chosen(["layerwise_casting"])[0].prepare(networks, "transformer")
+    for network in networks.values():
+        assert torch.float8_e4m3fn in {parameter.dtype for parameter in network.parameters()}
+
+
+def test_a_backend_that_the_attention_asks_for_is_seen_to_run() -> None:
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    inputs = {"in_channels": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8)}
+    pipe = SimpleNamespace(transformer=FluxTransformer2DModel(**sizes, **inputs))
+    (backend,) = chosen(["attention_native_math"])
+    seen = backend.watch(pipe, "transformer")
+    tokens, text, ids = torch.zeros(1, 4, 4), torch.zeros(1, 3, 8), torch.zeros(4, 3)
+    arguments = {"hidden_states": tokens, "encoder_hidden_states": text, "pooled_projections": torch.zeros(1, 8)}
+    arguments |= {"timestep": torch.ones(1), "img_ids": ids, "txt_ids": torch.zeros(3, 3)}
+    pipe.transformer(**arguments)
+    assert not seen()
+    try:
+        backend.apply(pipe, "transformer")
+        pipe.transformer(**arguments)
+        assert seen()
+    finally:
+        pipe.transformer.set_attention_backend("native")  # which is one for the whole process

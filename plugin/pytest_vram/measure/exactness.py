@@ -19,9 +19,11 @@ class NoReference(Exception):
 
 
 def reference_of(case: Case) -> Case | None:
-    """The same case with its dtype alone and no limit, or None where it has no other flag."""
+    """The same case with its dtype alone and no limit, or None where it has no other flag, or random weights of which a
+    flag puts others in place."""
     dtype = plain(case.optimizations)
-    if dtype == case.optimizations:
+    other_weights = case.weights == "random" and any(o.replaces for o in chosen(case.optimizations))
+    if dtype == case.optimizations or other_weights:
         return None
     return case.model_copy(update={"optimizations": dtype, "limit_bytes": None})
 

@@ -185,6 +185,8 @@ class CaseWorkers:
             raise NoNeed("the case did not complete")
         if not self.settings.need:
             raise NoNeed(NOT_SEARCHED)
+        if any(optimization.trained for optimization in chosen(self.case.optimizations)):
+            raise NoNeed("a cache grows for more steps than a probe takes")
         guess, spread = memory.allocated_peak_bytes, ALLOCATED_SPREAD
         if estimated:  # what the estimate has wrong of the allocated peak it probably has wrong of the need
             guess = estimated.need * memory.allocated_peak_bytes // estimated.allocated_peak

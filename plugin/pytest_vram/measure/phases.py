@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from pytest_vram.pipelines.optimizations import denoisers
+
 Enter = Callable[[str], None]
 Queued = Callable[[], None]
 
@@ -20,11 +22,10 @@ class Phases:
         self._enter = enter
         self.current = "load"
         self.denoiser_calls = 0  # of the call that goes on, or went last
-        for name in (denoiser, f"{denoiser}_2"):  # some have one for the first steps and another for the rest
-            if (network := getattr(pipe, name, None)) is not None:
-                # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
-                network.register_forward_pre_hook(lambda *_: self._denoise(), prepend=True)
-                network.register_forward_hook(lambda *_: queued())
+        for part in denoisers(pipe, denoiser):
+            # first of all hooks, so that what offloading moves for the denoiser belongs to its phase
+            part.register_forward_pre_hook(lambda *_: self._denoise(), prepend=True)
+            part.register_forward_hook(lambda *_: queued())
         network = getattr(pipe, decoder)
         decode = network.decode
 

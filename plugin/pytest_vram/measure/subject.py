@@ -109,6 +109,8 @@ class SweepSubject:
         return pipe(**call_arguments(pipe, case, generator))
 
     def calls_at_native_length(self, pipe: Any, calls: int) -> int | None:
+        if any(optimization.trained for optimization in self.optimizations):
+            return None  # a cache leaves more out the more steps there are
         native, now = (denoiser_calls(pipe, steps) for steps in (self.native_steps, self.case.steps))
         return native and now and native * max(1, round(calls / now))  # twice, where guidance is a call of its own
 

@@ -5,6 +5,7 @@ imported while tests are collected, so torch is imported only inside the methods
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_vram.errors import Inapplicable, unknown
@@ -36,6 +37,7 @@ class Optimization:
     offloads: ClassVar[bool] = False  # the weights start in host memory
     needs_gpu: ClassVar[bool] = False
     trained: ClassVar[bool] = False  # decides by the values it sees: needs trained weights, and cannot be estimated
+    replaces: ClassVar[bool] = False  # puts a network with weights of its own in place of another
     exact: ClassVar[bool] = False  # claims to leave the image as it is
 
     def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None] | None":
@@ -111,16 +113,19 @@ class _Attention(Optimization):
     """A backend of diffusers' attention; models whose attention does not ask for one ignore it."""
 
     backend: ClassVar[str]
-    install: ClassVar[str] = ""  # the command that brings the package it needs
+    package: ClassVar[str] = ""  # that it needs
+    install: ClassVar[str] = ""  # the command that brings it
     needs_gpu = True
     one_of = "attention backends"
 
     def apply(self, pipe: Any, denoiser: str) -> None:
-        try:
-            taken(getattr(pipe, denoiser), "set_attention_backend")(self.backend)
-        except (RuntimeError, ImportError) as error:  # what it needs is not here
-            why = self.install and f"it needs a package: {self.install}"
-            raise Inapplicable(f"{self.name}: {why or ' '.join(str(error).split())}") from None
+        for network in denoisers(pipe, denoiser):
+            try:
+                taken(network, "set_attention_backend")(self.backend)
+            except (RuntimeError, ImportError) as error:  # what it needs is not here, or too old
+                missing = self.package and find_spec(self.package) is None
+                why = f"it needs a package: {self.install}" if missing else " ".join(str(error).split())
+                raise Inapplicable(f"{self.name}: {why}") from None
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         ran: set[Any] = set()
@@ -128,9 +133,10 @@ class _Attention(Optimization):
         def note(module: Any, *_: Any) -> None:
             ran.add(getattr(module.processor, "_attention_backend", None))
 
-        for module in getattr(pipe, denoiser).modules():
-            if hasattr(module, "processor"):
-                module.register_forward_pre_hook(note)
+        for network in denoisers(pipe, denoiser):
+            for module in network.modules():
+                if hasattr(module, "processor"):
+                    module.register_forward_pre_hook(note)
         return lambda: self.backend in ran
 
 
@@ -161,6 +167,7 @@ class AttentionNativeCudnn(_Attention):
 class AttentionFlash(_Attention):
     name = "attention_flash"
     backend = "flash"
+    package = "flash_attn"
     install = "pip install flash-attn"
     summary = "FlashAttention 2 of the package flash-attn"
 
@@ -168,6 +175,7 @@ class AttentionFlash(_Attention):
 class AttentionSage(_Attention):
     name = "attention_sage"
     backend = "sage"
+    package = "sageattention"
     install = "pip install sageattention"
     summary = "SageAttention, in 8 bits"
 
@@ -175,6 +183,7 @@ class AttentionSage(_Attention):
 class AttentionXformers(_Attention):
     name = "attention_xformers"
     backend = "xformers"
+    package = "xformers"
     install = "pip install xformers"
     summary = "xFormers' memory-efficient kernel"
 
@@ -185,11 +194,12 @@ class VaeSlicing(Optimization):
     summary = "the VAE decodes one image of the batch at a time"
 
     def apply(self, pipe: Any, denoiser: str) -> None:
-        taken(pipe.vae, "enable_slicing")()
+        taken(taken(pipe, "vae"), "enable_slicing")()
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         batches = _batches_of(pipe.vae, "decode")
-        slices = _batches_of(pipe.vae, "_decode")
+        parts = (pipe.vae, "_decode") if hasattr(pipe.vae, "_decode") else (pipe.vae.decoder, "forward")
+        slices = _batches_of(*parts)
         return lambda: bool(slices) and max(slices) < max(batches)
 
 
@@ -199,16 +209,17 @@ class VaeTiling(Optimization):
     summary = "the VAE decodes overlapping tiles; nothing happens below its tile size"
 
     def apply(self, pipe: Any, denoiser: str) -> None:
-        taken(pipe.vae, "enable_tiling")()
+        taken(taken(pipe, "vae"), "enable_tiling")()
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
-        tiled = _batches_of(pipe.vae, "tiled_decode")
+        tiled = _batches_of(pipe.vae, "tiled_decode" if hasattr(pipe.vae, "tiled_decode") else "_tiled_decode")
         return lambda: bool(tiled)
 
 
 class TinyVae(Optimization):
     name = "tiny_vae"
     summary = "a distilled VAE of a few megabytes in place of the model's own; another image"
+    replaces = True
 
     def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> None:
         import diffusers
@@ -243,9 +254,8 @@ class ChannelsLast(Optimization):
     def apply(self, pipe: Any, denoiser: str) -> None:
         import torch
 
-        for network in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None), pipe.vae):
-            if network is not None:
-                network.to(memory_format=torch.channels_last)
+        for network in (*denoisers(pipe, denoiser), *denoisers(pipe, "vae")):
+            network.to(memory_format=torch.channels_last)
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         import torch
@@ -265,15 +275,18 @@ class FusedQkv(Optimization):
     name = "fused_qkv"
     exact = True
     summary = "query, key and value of the denoiser's attention as one matrix product; the old weights stay"
+    excludes = frozenset({"attention_slicing"})  # each puts attention processors of its own in place
 
     def apply(self, pipe: Any, denoiser: str) -> None:
-        try:
-            taken(getattr(pipe, denoiser), "fuse_qkv_projections")()
-        except ValueError as error:
-            raise Inapplicable(f"{denoiser} takes no fuse_qkv_projections: {error}") from None
+        for network in denoisers(pipe, denoiser):
+            try:
+                taken(network, "fuse_qkv_projections")()
+            except ValueError as error:
+                raise Inapplicable(f"{self.name}: {' '.join(str(error).split())}") from None
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
-        return lambda: any(getattr(module, "fused_projections", False) for module in getattr(pipe, denoiser).modules())
+        networks = denoisers(pipe, denoiser)
+        return lambda: all(any(getattr(m, "fused_projections", False) for m in n.modules()) for n in networks)
 
 
 class Tf32(Optimization):
@@ -300,18 +313,19 @@ class LayerwiseCasting(Optimization):
     name = "layerwise_casting"
     summary = "the denoiser's weights rest in float8 and are cast, layer by layer, when they are used"
     one_of = "precisions of the weights"
-    excludes = frozenset({"sequential_offload"})
+    excludes = frozenset({"sequential_offload", "fused_qkv"})
 
     def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> None:
         import torch
 
-        network: Any = networks[denoiser]
-        network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=network.dtype)
+        for network in denoisers(networks, denoiser):
+            network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=network.dtype)
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         import torch
 
-        return lambda: any(p.dtype == torch.float8_e4m3fn for p in getattr(pipe, denoiser).parameters())
+        networks = denoisers(pipe, denoiser)
+        return lambda: all(any(p.dtype == torch.float8_e4m3fn for p in n.parameters()) for n in networks)
 
 
 class _WeightOnly(Optimization):
@@ -332,11 +346,11 @@ class _WeightOnly(Optimization):
         except ImportError:
             raise Inapplicable(f"{self.name}: it needs a package: pip install torchao") from None
         config = getattr(quantization, self.config)()
-        network: Any = networks[denoiser]
-        dtype, linear = network.dtype, {m for m in network.modules() if isinstance(m, torch.nn.Linear)}
+        parts = denoisers(networks, denoiser)
+        dtypes = {m: n.dtype for n in parts for m in n.modules() if isinstance(m, torch.nn.Linear)}
 
         def quantize(module: Any) -> None:
-            if module in linear and module.weight.dtype == dtype:  # what is kept in float32 stays so
+            if module in dtypes and module.weight.dtype == dtypes[module]:  # what is kept in float32 stays so
                 quantization.quantize_(torch.nn.Sequential(module), config)
 
         return quantize
@@ -344,7 +358,8 @@ class _WeightOnly(Optimization):
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-        return lambda: any(is_traceable_wrapper_subclass(p) for p in getattr(pipe, denoiser).parameters())
+        networks = denoisers(pipe, denoiser)
+        return lambda: all(any(is_traceable_wrapper_subclass(p) for p in n.parameters()) for n in networks)
 
 
 class Int8WeightOnly(_WeightOnly):
@@ -371,12 +386,18 @@ class _Cache(Optimization):
     def apply(self, pipe: Any, denoiser: str) -> None:
         import diffusers
 
-        enable, config = taken(getattr(pipe, denoiser), "enable_cache"), taken(diffusers, self.config)
         more = {"current_timestep_callback": lambda: pipe.current_timestep} if self.by_timestep else {}
-        enable(config(**self.options, **more))
+        for network in denoisers(pipe, denoiser):
+            enable, config = taken(network, "enable_cache"), taken(diffusers, self.config)
+            enable(config(**self.options, **more, **self.of(network)))
+
+    def of(self, network: Any) -> Mapping[str, Any]:
+        """The options that depend on the network."""
+        return {}
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
-        return lambda: bool(getattr(pipe, denoiser).is_cache_enabled)
+        """That it is on; whether it left anything out its hooks do not say."""
+        return lambda: all(network.is_cache_enabled for network in denoisers(pipe, denoiser))
 
 
 class CacheFirstBlock(_Cache):
@@ -398,6 +419,9 @@ class CacheFaster(_Cache):
     summary = "FasterCache: attention and the unconditional branch are computed in some steps"
     config = "FasterCacheConfig"
     by_timestep = True
+
+    def of(self, network: Any) -> Mapping[str, Any]:
+        return {"is_guidance_distilled": bool(network.config.get("guidance_embeds"))}
 
 
 class CacheTaylorSeer(_Cache):
@@ -474,9 +498,14 @@ class _GroupOffload(Optimization):
     stream: ClassVar[bool] = False
 
     def _left_out(self, pipe: Any, denoiser: str) -> list[str]:
+        import torch
+
         from pytest_vram.pipelines.build import networks
         from pytest_vram.pipelines.offload import ungroupable
 
+        vae = getattr(pipe, "vae", None)
+        if self.stream and hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast:
+            raise Inapplicable(f"{self.name}: its pinned copies undo the cast of the VAE to float32")
         reasons = {name: ungroupable(network, leaf=self.leaf) for name, network in networks(pipe).items()}
         if reason := reasons.get(denoiser):
             raise Inapplicable(f"{self.name}: {reason}")
@@ -524,14 +553,14 @@ class GroupOffloadLeaf(_GroupOffload):
 
 class GroupOffloadBlockStream(_GroupOffload):
     name = "group_offload_block_stream"
-    summary = "the same by blocks, the next one copied meanwhile; host memory is pinned"
+    summary = "one block of a network at a time on the GPU, the next one copied meanwhile; host memory is pinned"
     leaf = False
     stream = True
 
 
 class GroupOffloadLeafStream(_GroupOffload):
     name = "group_offload_leaf_stream"
-    summary = "the same by layers, the next one copied meanwhile; host memory is pinned"
+    summary = "one layer at a time on the GPU, the next one copied meanwhile; host memory is pinned"
     leaf = True
     stream = True
 
@@ -657,16 +686,22 @@ def torch_dtype(names: Sequence[str]) -> "torch.dtype":
     return dtype
 
 
-def taken(owner: Any, method: str) -> Callable[..., Any]:
-    """This method, which not every class has.
+def taken(owner: Any, name: str) -> Any:
+    """This method or part, which not every class has.
 
     Raises:
         Inapplicable: naming the class that lacks it.
     """
-    found: Callable[..., Any] | None = getattr(owner, method, None)
+    found = getattr(owner, name, None)
     if found is None:
-        raise Inapplicable(f"{type(owner).__name__} has no {method}")
+        raise Inapplicable(f"{type(owner).__name__} has no {name}")
     return found
+
+
+def denoisers(owner: Any, name: str) -> list[Any]:
+    """The denoiser of a pipeline, or of networks by name; some have a second one, for the steps with less noise."""
+    parts = owner if isinstance(owner, dict) else {part: getattr(owner, part, None) for part in (name, f"{name}_2")}
+    return [network for part in (name, f"{name}_2") if (network := parts.get(part)) is not None]
 
 
 def _batches_of(module: Any, method: str) -> list[int]:
