@@ -503,7 +503,7 @@ class _GroupOffload(Optimization):
         from pytest_vram.pipelines.build import networks
         from pytest_vram.pipelines.offload import ungroupable
 
-        vae = getattr(pipe, "vae", None)
+        vae: Any = getattr(pipe, "vae", None)
         if self.stream and hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast:
             raise Inapplicable(f"{self.name}: its pinned copies undo the cast of the VAE to float32")
         reasons = {name: ungroupable(network, leaf=self.leaf) for name, network in networks(pipe).items()}
