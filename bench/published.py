@@ -5,14 +5,17 @@ published.csv has what was measured by a named method: torch.cuda.max_memory_all
 """
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import read_models
-from pytest_vram.records.reading import read_runs
+from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Record
+from pytest_vram.report.document import Cell, Table
+from pytest_vram.report.render import table_lines
 from pytest_vram.report.text import gib
 
 HERE = Path(__file__).parent
@@ -34,8 +37,8 @@ The peak of allocated memory, as `torch.cuda.max_memory_allocated` gives it; our
 
 {published}
 
-Where weights and denoiser decide, the ratio is 1: FLUX.1-dev differs by at most {flux} %. The rest is the VAE's.
-One image of 28 steps by FLUX.1-dev took 6.57 s there, with the releases of that time, and {flux_s} here.
+Where weights and denoiser decide, the ratio is 1: FLUX.1-dev differs by at most {flux} %. One image of 28 steps by it
+took the first of these sources 6.57 s, with the releases of its time, and {flux_s} here.
 
 ## Against the estimate
 
@@ -65,7 +68,6 @@ Required GiB, and seconds: of a call with the model's own number of steps, and o
 {videos}
 """
 
-
 Key = tuple[str, str, int, int, int | None, int]
 
 
@@ -74,27 +76,24 @@ def key(case: Case) -> Key:
     return case.model, "+".join(case.optimizations), case.width, case.height, case.frames, case.batch_size
 
 
-def label(case: Key) -> str:
-    """A case in a cell of a table."""
-    model, optimizations, width, height, frames, batch_size = case
-    size = f"{width}x{height}" + (f", {frames} frames" if frames else "")
-    return f"{model} `{optimizations}`, {size}, batch {batch_size}"
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    head = list(columns)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+def table(columns: Sequence[str], rows: Iterable[tuple[Key, Sequence[str]]]) -> str:
+    """A table in Markdown: a case in each row."""
+    lines = []
+    for (model, optimizations, width, height, frames, batch_size), texts in rows:
+        size = f"{width}x{height}" + (f", {frames} frames" if frames else "")
+        lines.append([Cell(model), Cell("", name=optimizations), Cell(size), Cell(str(batch_size)), *map(Cell, texts)])
+    return table_lines(Table("", ["model", "set", "size", "batch", *columns], lines, 4))
 
 
 def published(ours: dict[Key, Record], estimated: dict[Key, Record]) -> tuple[str, float]:
     """The table, and how far FLUX.1-dev is off at most."""
-    rows, flux = [], 0.0
+    rows: list[tuple[Key, list[str]]] = []
+    flux = 0.0
     with (HERE / "published.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             width, height, batch_size = (int(row[name]) for name in ("width", "height", "batch_size"))
             frames = int(row["frames"]) if row["frames"] else None
-            case = row["model"], row["optimizations"], width, height, frames, batch_size
+            case: Key = row["model"], row["optimizations"], width, height, frames, batch_size
             theirs, cells = float(row["allocated_gib"]), []
             for records in (ours, estimated):
                 peak = records[case].memory.allocated_peak_bytes if case in records else None
@@ -102,8 +101,8 @@ def published(ours: dict[Key, Record], estimated: dict[Key, Record]) -> tuple[st
                 if peak and records is ours and case[0] == "flux1-dev":
                     flux = max(flux, abs(peak / GIB / theirs - 1))
             source = row["source"].split(":")[0].split("@")[0]
-            rows.append([label(case), f"{theirs:.2f}", row["gpu"], *cells, row["made_of"] or "–", source])
-    head = ["case", "theirs", "on", "measured", "ratio", "estimated", "ratio", "the difference is made of", "source"]
+            rows.append((case, [f"{theirs:.2f}", row["gpu"], *cells, row["made_of"] or "–", source]))
+    head = ["theirs", "on", "measured", "ratio", "estimated", "ratio", "the difference is made of", "source"]
     return table(head, rows), flux
 
 
@@ -117,82 +116,107 @@ def with_and_without(records: dict[Key, Record]) -> list[tuple[Key, Record, Reco
     return sorted(found, key=lambda pair: -(pair[1].memory.need_bytes or 0) + (pair[2].memory.need_bytes or 0))
 
 
-def page(results: Path) -> str:
-    """The page, from the runs of a folder."""
-    runs, _ = read_runs([results])
-    measured: dict[Key, Record] = {}
-    needs: dict[Key, Record] = {}
-    estimated: dict[Key, Record] = {}
-    for record in (record for run in runs for record in run.records):  # the newest of a case stays
+class Records(NamedTuple):
+    """The newest of each case: measured, measured with a need, and estimated."""
+
+    measured: dict[Key, Record]
+    needs: dict[Key, Record]
+    estimated: dict[Key, Record]
+
+
+def gather(runs: Iterable[ReadRun]) -> Records:
+    """The cases that completed with no limit; runs come oldest first."""
+    found = Records({}, {}, {})
+    for record in (record for run in runs for record in run.records):
         case = record.case
         if record.status != "ok" or not isinstance(case, Case) or case.limit_bytes is not None:
             continue
         if record.method == "estimated":
-            estimated[key(case)] = record
+            found.estimated[key(case)] = record
             continue
-        measured[key(case)] = record
+        found.measured[key(case)] = record
         if record.memory.need_bytes:
-            needs[key(case)] = record
-    compared, flux = published(measured, estimated)
+            found.needs[key(case)] = record
+    return found
 
+
+def against_estimate(needs: dict[Key, Record]) -> dict[str, Any]:
+    """How far the estimates are off."""
     errors: dict[Key, float] = {}
     allocated = 0.0
-    for case_key, record in needs.items():
+    for case, record in needs.items():
         memory = record.memory
         if memory.estimated_need_bytes and memory.estimated_allocated_peak_bytes and memory.allocated_peak_bytes:
-            errors[case_key] = memory.estimated_need_bytes / (memory.need_bytes or 1) - 1
+            errors[case] = memory.estimated_need_bytes / (memory.need_bytes or 1) - 1
             allocated = max(allocated, abs(memory.estimated_allocated_peak_bytes / memory.allocated_peak_bytes - 1))
     far = [
-        [label(k), gib(needs[k].memory.need_bytes), gib(needs[k].memory.estimated_need_bytes), f"{100 * e:+.1f} %"]
+        (k, [gib(needs[k].memory.need_bytes), gib(needs[k].memory.estimated_need_bytes), f"{100 * e:+.1f} %"])
         for k, e in sorted(errors.items(), key=lambda item: -abs(item[1]))
         if abs(e) > FAR
     ]
+    return {
+        "count": len(errors),
+        "median": f"{100 * median(map(abs, errors.values())):.2f}",
+        "within": f"{100 * sum(abs(e) <= FAR for e in errors.values()) / len(errors):.0f}",
+        "far": table(["need", "estimated", "error"], far),
+        "allocated": f"{100 * allocated:.2f}",
+    }
+
+
+def expandable(found: Records) -> dict[str, str]:
+    """What expandable segments save."""
     pairs = [
-        [
-            label(k),
-            gib(old.memory.required_bytes),
-            gib(new.memory.required_bytes),
-            f"{old.time.at_need_s or 0:.2f} → {new.time.at_need_s or 0:.2f}" if same_length(old, new) else "–",
-        ]
-        for k, old, new in with_and_without(needs)
+        (k, [gib(old.memory.required_bytes), gib(new.memory.required_bytes), at_need(old, new)])
+        for k, old, new in with_and_without(found.needs)
     ]
-    models = read_models()
+    native = {name: (m.native.width, m.native.height, m.native.frames, 1) for name, m in read_models().items()}
     gains = [
-        [label(k), gib(old.memory.need_bytes), gib(new.memory.need_bytes), f"−{100 * saved(old, new):.0f} %"]
-        for k, old, new in with_and_without(estimated)
-        if k[2:] == (models[k[0]].native.width, models[k[0]].native.height, models[k[0]].native.frames, 1)
+        (k, [gib(old.memory.need_bytes), gib(new.memory.need_bytes), f"−{100 * saved(old, new):.0f} %"])
+        for k, old, new in with_and_without(found.estimated)
+        if k[2:] == native.get(k[0])
     ]
-    videos = [
-        [
-            label(k),
-            gib(needs[k].memory.required_bytes) if k in needs else "–",
-            f"{r.time.full_length_s or 0:.1f}",
-            f"{(r.time.full_length_s or 0) / k[4]:.2f}",
-            " / ".join(gib(r.phases[name].allocated_peak_bytes) for name in ("encode", "denoise", "decode")),
-        ]
-        for k, r in sorted(measured.items())
-        if k[4]
-    ]
-    one = measured["flux1-dev", "bf16", 1024, 1024, None, 1]
+    return {
+        "measured": table(["required", "with it", "at need, s"], pairs),
+        "estimated": table(["need", "with it", "saved"], gains[:MOST]),
+    }
+
+
+def videos(found: Records) -> str:
+    """The measured videos."""
+    rows = []
+    for k, record in sorted(found.measured.items(), key=lambda item: (*item[0][:4], item[0][4] or 0)):
+        if frames := k[4]:
+            required = gib(found.needs[k].memory.required_bytes) if k in found.needs else "–"
+            full_s = record.time.full_length_s or 0
+            peaks = (gib(record.phases[name].allocated_peak_bytes) for name in ("encode", "denoise", "decode"))
+            rows.append((k, [required, f"{full_s:.1f}", f"{full_s / frames:.2f}", " / ".join(peaks)]))
+    return table(["required", "s", "s a frame", "allocated: encode / denoise / decode"], rows)
+
+
+def page(results: Path) -> str:
+    """The page, from the runs of a folder."""
+    runs, _ = read_runs([results])
+    found = gather(runs)
+    compared, flux = published(found.measured, found.estimated)
+    one = found.measured["flux1-dev", "bf16", 1024, 1024, None, 1]
     return TEXT.format(
         gpus=", ".join(sorted({run.gpu for run in runs if run.gpu})),
         published=compared,
         flux=f"{100 * flux:.1f}",
         flux_s=f"{one.time.full_length_s:.2f} s",
-        count=len(errors),
-        median=f"{100 * median(map(abs, errors.values())):.2f}",
-        within=f"{100 * sum(abs(e) <= FAR for e in errors.values()) / len(errors):.0f}",
-        far=table(["case", "need", "estimated", "error"], far),
-        allocated=f"{100 * allocated:.2f}",
-        measured=table(["case", "required", "with it", "at need, s"], pairs),
-        estimated=table(["case", "need", "with it", "saved"], gains[:MOST]),
-        videos=table(["case", "required", "s", "s a frame", "allocated: encode / denoise / decode"], videos),
+        videos=videos(found),
+        **against_estimate(found.needs),
+        **expandable(found),
     )
 
 
-def same_length(old: Record, new: Record) -> bool:
-    """Whether both took as many steps."""
-    return isinstance(old.case, Case) and isinstance(new.case, Case) and old.case.steps == new.case.steps
+def at_need(old: Record, new: Record) -> str:
+    """The two times of a call at need, where both took as many steps."""
+    assert isinstance(old.case, Case)
+    assert isinstance(new.case, Case)
+    if old.case.steps != new.case.steps:
+        return "–"
+    return f"{old.time.at_need_s or 0:.2f} → {new.time.at_need_s or 0:.2f}"
 
 
 def saved(old: Record, new: Record) -> float:

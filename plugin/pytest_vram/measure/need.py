@@ -8,9 +8,7 @@ MIB = 1 << 20
 REASON_LENGTH = 2000
 LEAST_TOLERANCE = 16 * MIB
 RELATIVE_TOLERANCE = 0.005
-ESTIMATE_SPREAD = (
-    0.005  # half of the estimates, and more, are nearer to the need than this share of it; docs/architecture.md
-)
+ESTIMATE_SPREAD = 0.005  # at least half of the estimates are nearer to the need; docs/architecture.md
 ALLOCATED_SPREAD = 0.03  # the same for the allocated peak, where there is no estimate
 
 

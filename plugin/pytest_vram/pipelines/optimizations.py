@@ -651,7 +651,7 @@ def impossible(names: Sequence[str], device: str, weights: str = "pretrained") -
     """Why these optimizations cannot run together on `device` ("meta" stands for a GPU) with such weights, or None."""
     for name in names:
         optimization = OPTIMIZATIONS[name]
-        if clash := [other for other in names if other in excluded(name)]:
+        if clash := [other for other in excluded(name) if other in names]:
             return f"{name} excludes {', '.join(clash)}"
         if optimization.needs_gpu and device == "cpu":
             return f"{name} needs a GPU"
