@@ -166,11 +166,10 @@ class Noise:
             return self._fill(torch.empty_like(data, dtype=torch.bfloat16)).to(data.dtype)
         if self._device != "cpu":
             return data.normal_(0, NOISE_STD)
-        if (
-            data.dtype not in self._blocks
-        ):  # all dtypes have the same noise, so that what is cast differs by rounding alone
-            one = self._blocks.setdefault(torch.float32, torch.empty(NOISE_BLOCK).normal_(0, NOISE_STD))
-            self._blocks[data.dtype] = one.to(data.dtype)
+        if not self._blocks:  # the same for all dtypes, so that what is cast differs by rounding alone
+            self._blocks[torch.float32] = torch.empty(NOISE_BLOCK).normal_(0, NOISE_STD)
+        if data.dtype not in self._blocks:
+            self._blocks[data.dtype] = self._blocks[torch.float32].to(data.dtype)
         for part in data.view(-1).split(NOISE_BLOCK):
             part.copy_(self._blocks[data.dtype][: part.numel()])
         return data
