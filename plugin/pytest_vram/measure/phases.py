@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from pytest_vram.pipelines.optimizations import denoisers
+from pytest_vram.pipelines.optimizations.base import denoisers
 
 Enter = Callable[[str], None]
 Queued = Callable[[], None]

@@ -18,7 +18,8 @@ from pytest_vram.pipelines.build import (
     stored,
     weights_bytes,
 )
-from pytest_vram.pipelines.optimizations import ExpandableSegments, chosen, torch_dtype
+from pytest_vram.pipelines.optimizations import chosen, torch_dtype
+from pytest_vram.pipelines.optimizations.memory import ExpandableSegments
 
 CALLS = 2  # after one call the need is up to 13 % too low: small tensors of the second split the first's blocks
 STEPS = 2

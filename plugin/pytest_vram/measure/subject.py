@@ -25,7 +25,8 @@ from pytest_vram.pipelines.build import (
     random_pipeline,
     weights_bytes,
 )
-from pytest_vram.pipelines.optimizations import Seen, chosen, torch_dtype
+from pytest_vram.pipelines.optimizations import chosen, torch_dtype
+from pytest_vram.pipelines.optimizations.base import Seen
 
 
 class Subject(Protocol):

@@ -1,0 +1,162 @@
+"""Where weights wait, and how the GPU's memory is cut."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pytest_vram.errors import Inapplicable
+from pytest_vram.pipelines.optimizations.base import Optimization, Seen, taken
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_vram.pipelines.offload import Recorder
+
+
+class ModelOffload(Optimization):
+    name = "model_offload"
+    exact = True
+    summary = "one network at a time on the GPU, the others in host memory"
+    one_of = "offloads"
+    offloads = True
+    needs_gpu = True
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        pipe.enable_model_cpu_offload()
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        from pytest_vram.pipelines.build import networks
+
+        alone: list[bool] = []
+        others = [network for name, network in networks(pipe).items() if name != denoiser]
+
+        def note(*_: Any) -> None:
+            alone.append(all(next(network.parameters()).device.type == "cpu" for network in others))
+
+        getattr(pipe, denoiser).register_forward_hook(note)
+        return lambda: bool(alone) and all(alone)
+
+    def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
+        from pytest_vram.pipelines.build import networks
+        from pytest_vram.pipelines.offload import one_network_at_a_time
+
+        return one_network_at_a_time(networks(pipe), recorder)
+
+
+class SequentialOffload(Optimization):
+    name = "sequential_offload"
+    exact = True
+    summary = "one layer at a time on the GPU, everything else in host memory: the least VRAM, the most time"
+    one_of = "offloads"
+    offloads = True
+    needs_gpu = True
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        pipe.enable_sequential_cpu_offload()
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        away: list[bool] = []
+
+        def note(module: "torch.nn.Module", *_: Any) -> None:
+            away.append(next(module.parameters()).is_meta)
+
+        getattr(pipe, denoiser).register_forward_hook(note)
+        return lambda: bool(away) and all(away)
+
+    def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
+        from pytest_vram.pipelines.build import networks
+        from pytest_vram.pipelines.offload import one_layer_at_a_time
+
+        return one_layer_at_a_time(networks(pipe), recorder)
+
+
+class _GroupOffload(Optimization):
+    """diffusers' group offload. What it cannot take, such as most VAEs by blocks, stays on the GPU."""
+
+    exact = True
+    one_of = "offloads"
+    offloads = True
+    needs_gpu = True
+    leaf: ClassVar[bool]
+    stream: ClassVar[bool] = False
+
+    def _left_out(self, pipe: Any, denoiser: str) -> list[str]:
+        import torch
+
+        from pytest_vram.pipelines.build import networks
+        from pytest_vram.pipelines.offload import ungroupable
+
+        vae: Any = getattr(pipe, "vae", None)
+        if self.stream and hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast:
+            raise Inapplicable(f"{self.name}: its pinned copies undo the cast of the VAE to float32")
+        reasons = {name: ungroupable(network, leaf=self.leaf) for name, network in networks(pipe).items()}
+        if reason := reasons.get(denoiser):
+            raise Inapplicable(f"{self.name}: {reason}")
+        return [name for name, reason in reasons.items() if reason]
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        import torch
+
+        taken(pipe, "enable_group_offload")(
+            onload_device=torch.device("cuda"),
+            offload_type="leaf_level" if self.leaf else "block_level",
+            num_blocks_per_group=None if self.leaf else 1,
+            use_stream=self.stream,
+            exclude_modules=self._left_out(pipe, denoiser),
+        )
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        away: list[bool] = []
+
+        def note(module: "torch.nn.Module", *_: Any) -> None:
+            away.append(any(parameter.device.type == "cpu" for parameter in module.parameters()))
+
+        getattr(pipe, denoiser).register_forward_hook(note)
+        return lambda: bool(away) and all(away)
+
+    def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
+        from pytest_vram.pipelines.build import networks
+        from pytest_vram.pipelines.offload import groups_at_a_time
+
+        left_out = self._left_out(pipe, denoiser)
+        return groups_at_a_time(networks(pipe), recorder, leaf=self.leaf, stream=self.stream, exclude=left_out)
+
+
+class GroupOffloadBlock(_GroupOffload):
+    name = "group_offload_block"
+    summary = "one block of a network at a time on the GPU"
+    leaf = False
+
+
+class GroupOffloadLeaf(_GroupOffload):
+    name = "group_offload_leaf"
+    summary = "one layer at a time on the GPU"
+    leaf = True
+
+
+class GroupOffloadBlockStream(_GroupOffload):
+    name = "group_offload_block_stream"
+    summary = "one block of a network at a time on the GPU, the next one copied meanwhile; host memory is pinned"
+    leaf = False
+    stream = True
+
+
+class GroupOffloadLeafStream(_GroupOffload):
+    name = "group_offload_leaf_stream"
+    summary = "one layer at a time on the GPU, the next one copied meanwhile; host memory is pinned"
+    leaf = True
+    stream = True
+
+
+class ExpandableSegments(Optimization):
+    name = "expandable_segments"
+    exact = True
+    summary = "PyTorch's allocator grows its segments in place, so that less is lost to fragmentation"
+    environ = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    needs_gpu = True
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        import torch
+
+        return lambda: any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+
+    def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
+        return lambda: True  # it is the model of the allocator that changes, not the pipeline
