@@ -37,6 +37,9 @@ class Log:
     def empty_cache(self) -> None:
         self.lines.append("empty")
 
+    def host(self) -> nullcontext[None]:
+        return nullcontext()
+
     def on_host(self, tensor: torch.Tensor) -> None:
         self.lines.append(f"-{self.names[id(tensor)]}")
 

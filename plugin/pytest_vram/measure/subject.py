@@ -78,15 +78,20 @@ class SweepSubject:
 
     def build(self, place: str) -> Any:
         dtype = torch_dtype(self.case.optimizations)
-        place = "cpu" if any(o.offloads for o in self.optimizations) else place
+        offloads = [optimization for optimization in self.optimizations if optimization.offloads]
+        start = "cpu" if offloads else place
         torch.manual_seed(self.case.seed)
         if self.case.weights == "pretrained" and not self.probe:
-            pipe = pretrained_pipeline(self.model, dtype, place, self._prepare)
+            pipe = pretrained_pipeline(self.model, dtype, start, self._prepare)
         elif self.on_host:
             pipe = random_pipeline(self.model, dtype, "cpu", prepare=self._prepare).to(place)
         else:
-            pipe = random_pipeline(self.model, dtype, place, share=self.probe, prepare=self._prepare)
-        self._weights = weights_bytes(networks(pipe))  # before an offload hides them
+            pipe = random_pipeline(self.model, dtype, start, share=self.probe, prepare=self._prepare)
+        parts = networks(pipe)
+        self._weights = weights_bytes(parts)  # before an offload hides them
+        for offload in offloads:
+            for name in sorted(offload.at_once(parts)):
+                parts[name].to(place)
         for optimization in self.optimizations:
             optimization.apply(pipe, self.model.denoiser)
         return pipe

@@ -6,11 +6,12 @@ masks, timesteps) stay real, so that code which reads values works unchanged.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from pytest_vram.measure.allocator import MIB, ROUNDING, Event, rounded
 
@@ -22,10 +23,11 @@ KEEP_VALUES = 1 << 20  # tensors of at most so many elements, made of no weight,
 CUBLAS_WORKSPACE = 32 * MIB
 OLDER_CUBLAS_WORKSPACE = (4096 * 2 + 16 * 8) << 10
 HOPPER = 9.0
-MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._scaled_mm.default}
 SHAPE_FROM_VALUES = {"aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"}
 
 Block = tuple[int, int]  # number, bytes
+FUSED_4BIT_ROWS = 4  # bitsandbytes/backends/cuda/ops.py; for some shapes it fuses more rows, on Hopper up to 512
 
 
 def as_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,6 +94,7 @@ class Trace(TorchDispatchMode):
     def __init__(self, capability: float = HOPPER) -> None:
         """`capability` is the GPU's compute capability."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self.capability = capability
         self._cublas_workspace = CUBLAS_WORKSPACE if capability >= HOPPER else OLDER_CUBLAS_WORKSPACE
         self.events: list[Event] = []
         self.count = self.live = self.peak = 0
@@ -100,6 +103,7 @@ class Trace(TorchDispatchMode):
         self._on_host: set[int] = set()
         self._shapes: dict[Any, Any] = {}
         self._used_cublas = False
+        self._host = False
 
     # What is recorded
 
@@ -123,6 +127,15 @@ class Trace(TorchDispatchMode):
     def enter(self, phase: str) -> None:
         """A phase begins."""
         self.events.append((0, f"enter:{phase}"))
+
+    @contextmanager
+    def host(self) -> Iterator[None]:
+        """What is computed meanwhile is computed on the host: what it makes takes nothing on the GPU."""
+        self._host = True
+        try:
+            yield
+        finally:
+            self._host = False
 
     def on_host(self, tensor: torch.Tensor) -> None:
         """From now on this tensor's storage takes nothing on the GPU, nor does a copy of it."""
@@ -162,6 +175,12 @@ class Trace(TorchDispatchMode):
     # How operators run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._host:
+            out = self._run(func, args, kwargs or {})
+            for tensor in _tensors_in((out,)):
+                if tensor.untyped_storage()._cdata not in self._storages:
+                    self.on_host(tensor)
+            return out
         if func is aten.convolution.default and any(t.is_meta for t in _tensors_in(args)):
             return self._convolution(func, args, kwargs or {})
         out = self._run(func, args, kwargs or {})
@@ -270,6 +289,72 @@ class Trace(TorchDispatchMode):
         ):
             self._shapes[known] = type(out), [(t.shape, t.stride(), t.dtype) for t in outs]
         return out
+
+
+# Kernels of libraries that PyTorch sees as one operator, by what they allocate. Where a source is named it was read there.
+
+
+def _int4_matmul(sample: torch.Tensor, _: Any, __: int, scales: torch.Tensor) -> torch.Tensor:
+    return sample.new_empty(sample.shape[0], scales.shape[1])  # PyTorch's own meta kernel fails in 2.13
+
+
+def _bnb_4bit_matmul(
+    sample: torch.Tensor, _: Any, shape: list[int], __: Any, ___: int, ____: str, bias: Any = None, **_____: Any
+) -> torch.Tensor:
+    """bitsandbytes/backends/cuda/ops.py: all but a few rows are multiplied with the weight, dequantized."""
+    if sample.numel() // sample.shape[-1] <= FUSED_4BIT_ROWS:
+        return sample.new_empty((*sample.shape[:-1], shape[0]))
+    return torch.nn.functional.linear(sample, sample.new_empty(shape), bias)
+
+
+def _bnb_int8_quantize(sample: torch.Tensor, threshold: float = 0.0) -> tuple[Any, ...]:
+    """bitsandbytes/backends/cuda/ops.py; no activation is an outlier."""
+    scales = sample.new_empty(sample.numel() // sample.shape[-1], dtype=torch.float32)
+    quantized = torch.empty_like(sample, dtype=torch.int8)
+    if not threshold:
+        return quantized, scales, None
+    outliers = sample.abs() >= threshold
+    columns = sample.new_empty(0, dtype=torch.int64)
+    del outliers
+    return quantized, scales, columns
+
+
+def _bnb_int8_matmul(
+    sample: torch.Tensor, weight: torch.Tensor, _: Any, __: Any, bias: Any = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """bitsandbytes/backends/default/ops.py and cuda/ops.py: an int32 product, a float16 one, and one of the dtype."""
+    product = sample.new_empty((*sample.shape[:-1], weight.shape[0]), dtype=torch.int32)
+    return torch.empty_like(product, dtype=torch.float16).to(dtype or torch.float16)
+
+
+def _bnb_int8_mixed_matmul(
+    sample: torch.Tensor, quantized: torch.Tensor, weight: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, ...]:
+    return _bnb_int8_matmul(quantized, weight, None, None, dtype=sample.dtype), sample.new_empty(0)
+
+
+def _quanto_quantize(base: torch.Tensor, dtype: torch.dtype, axis: int | None, scale: torch.Tensor) -> torch.Tensor:
+    """optimum/quanto/library/quantize.py"""
+    data = base / scale
+    data = torch.round(data)
+    return torch.clamp(data, min=-1, max=1).to(dtype)
+
+
+def _quanto_matmul(sample: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """optimum/quanto/library/qbytes_mm.py, on a GPU"""
+    weight = scales * weight
+    return torch.matmul(sample, weight.t())
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "aten::_weight_int4pack_mm": _int4_matmul,
+    "bitsandbytes::gemm_4bit": _bnb_4bit_matmul,
+    "bitsandbytes::int8_vectorwise_quant": _bnb_int8_quantize,
+    "bitsandbytes::int8_scaled_mm": _bnb_int8_matmul,
+    "bitsandbytes::int8_mixed_scaled_mm": _bnb_int8_mixed_matmul,
+    "quanto::quantize_symmetric": _quanto_quantize,
+    "quanto::qbytes_mm": _quanto_matmul,
+}
 
 
 def _is_fused() -> bool:

@@ -2,6 +2,7 @@
 diffusers make them."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -19,6 +20,9 @@ class Recorder(Protocol):
     """Where memory on the simulated GPU is taken and given back."""
 
     def empty_cache(self) -> None: ...
+
+    def host(self) -> AbstractContextManager[None]:
+        """What is computed meanwhile is computed on the host."""
 
     def on_host(self, tensor: torch.Tensor) -> None:
         """From now on this tensor's storage takes nothing on the GPU, nor does a copy of it."""

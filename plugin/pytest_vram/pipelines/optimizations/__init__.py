@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_vram.errors import unknown
-from pytest_vram.pipelines.optimizations import arithmetic, attention, caches, memory, quantization, vae
+from pytest_vram.pipelines.optimizations import arithmetic, attention, caches, encoders, memory, quantization, vae
 from pytest_vram.pipelines.optimizations.base import Optimization
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ _REGISTRY: tuple[Optimization, ...] = (
     caches.CachePyramidAttention(),
     caches.CacheFaster(),
     caches.CacheTaylorSeer(),
+    encoders.TextEncodersOnCpu(),
+    encoders.TextEncodersDropped(),
     memory.ModelOffload(),
     memory.SequentialOffload(),
     memory.GroupOffloadBlock(),
@@ -78,7 +80,7 @@ def excluded(name: str) -> tuple[str, ...]:
 
     def clashes(other: Optimization) -> bool:
         same = this.one_of is not None and this.one_of == other.one_of
-        return same or name in other.excludes or other.name in this.excludes
+        return same or bool({name, this.one_of} & other.excludes or {other.name, other.one_of} & this.excludes)
 
     return tuple(other.name for other in _REGISTRY if other.name != name and clashes(other))
 

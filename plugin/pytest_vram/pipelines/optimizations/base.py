@@ -1,6 +1,6 @@
 """What an optimization is, and what several of them use."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_vram.errors import Inapplicable
@@ -18,11 +18,11 @@ class Optimization:
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    excludes: ClassVar[frozenset[str]] = frozenset()
+    excludes: ClassVar[frozenset[str]] = frozenset()  # flags, or what they are one of
     one_of: ClassVar[str | None] = None  # of the flags that are one of the same a case has one
     dtype: ClassVar[str | None] = None
     environ: ClassVar[Mapping[str, str]] = {}
-    offloads: ClassVar[bool] = False  # the weights start in host memory
+    offloads: ClassVar[bool] = False  # weights start in host memory; `at_once` names exceptions
     needs_gpu: ClassVar[bool] = False
     trained: ClassVar[bool] = False  # decides by the values it sees: needs trained weights, and cannot be estimated
     replaces: ClassVar[bool] = False  # puts a network with weights of its own in place of another
@@ -35,6 +35,10 @@ class Optimization:
         Raises:
             Inapplicable: when this pipeline cannot take it.
         """
+
+    def at_once(self, networks: Iterable[str]) -> set[str]:
+        """Where the flag offloads: of these networks those that go to the GPU all the same, before it is applied."""
+        return set()
 
     def apply(self, pipe: Any, denoiser: str) -> None:
         """Change the pipeline, whose networks are in place.
