@@ -30,6 +30,7 @@ from pytest_vram.measure.measurement import (
 )
 from pytest_vram.measure.recording import NEED_FIELDS
 from pytest_vram.measure.sampling import Sampler
+from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.records.schema import Exactness, Failure, Memory, PhaseCost, Record, Time
 from tests.measure.tasks import DIFFERENCE, MIB, ROUND
 
@@ -317,6 +318,15 @@ def test_a_worker_gets_the_environment_of_its_optimizations(cuda: Stage) -> None
     cuda.measure()
     with_it, without = (environ.get("PYTORCH_CUDA_ALLOC_CONF") for environ in cuda.starter.environs)
     assert (with_it, without) == ("expandable_segments:True", None)
+
+
+def test_files_of_weights_have_a_folder_that_goes_with_their_worker(cuda: Stage) -> None:
+    cuda.measure(optimizations=("fp32", "group_offload_leaf_disk"))
+    folders = [Path(environ[OFFLOAD_FOLDER]) for environ in cuda.starter.environs]
+    assert len(set(folders)) == len(folders) >= 1
+    assert not any(folder.exists() for folder in folders)
+    cuda.measure()
+    assert OFFLOAD_FOLDER not in cuda.starter.environs[-1]
 
 
 @pytest.mark.parametrize("need", [False, True])

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pytest_vram.cases.case import AnyCase, Case
@@ -17,6 +18,7 @@ from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, No
 from pytest_vram.measure.recording import WorkerRun, record_of, skipped, with_exactness, with_need, without_need
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, impossible
+from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.records.schema import NOT_SEARCHED, Failure, Record, Wall
 
 GENERATION = "pytest_vram.measure.generation:run"
@@ -227,9 +229,16 @@ class CaseWorkers:
 
     def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> WorkerRun:
         environ = dict(PRELOAD_ENVIRON)
-        for optimization in chosen((subject or self.case).optimizations):
+        optimizations = chosen((subject or self.case).optimizations)
+        for optimization in optimizations:
             environ |= optimization.environ
         environ |= self.job.get("environ", {})
+        if not any(optimization.on_disk for optimization in optimizations):
+            return self._run(environ, cap, job)
+        with TemporaryDirectory(prefix="pytest-vram-") as folder:  # this process outlives a worker that is killed
+            return self._run({**environ, OFFLOAD_FOLDER: folder}, cap, job)
+
+    def _run(self, environ: dict[str, str], cap: int | None, job: Message) -> WorkerRun:
         machine, settings = self.machine, self.settings
         interval_s = None if job else settings.interval_s  # what is not timed need not be sampled
         sampler = Sampler(machine.gpu if interval_s else None, -1, machine.baseline())

@@ -86,7 +86,8 @@ class SweepSubject:
         elif self.on_host:
             pipe = random_pipeline(self.model, dtype, "cpu", prepare=self._prepare).to(place)
         else:
-            pipe = random_pipeline(self.model, dtype, start, share=self.probe, prepare=self._prepare)
+            share = self.probe and not any(offload.on_disk for offload in offloads)
+            pipe = random_pipeline(self.model, dtype, start, share=share, prepare=self._prepare)
         parts = networks(pipe)
         self._weights = weights_bytes(parts)  # before an offload hides them
         for offload in offloads:

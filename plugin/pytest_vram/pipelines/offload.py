@@ -135,6 +135,7 @@ class _Group:
         onload_self: bool = True,
         stream: _Stream | None = None,
         non_blocking: bool = False,
+        disk: bool = False,
         **_: Any,
     ) -> None:
         self.modules, self.parameters, self.buffers = modules, parameters or [], buffers or []
@@ -143,7 +144,8 @@ class _Group:
         self.offload_device: torch.device | None = onload_device
         self.recorder = recorder
         self.loads = 0
-        self.pinned = {id(tensor): tensor.dtype for tensor in self._tensors()}  # with a stream, copies that are kept
+        self.copied = disk or stream is not None  # into files or pinned memory, once
+        self.copies = {id(tensor): tensor.dtype for tensor in self._tensors()}
 
     def _tensors(self) -> list[torch.Tensor]:
         """In the order in which they come."""
@@ -152,8 +154,8 @@ class _Group:
 
     def onload_(self) -> None:
         tensors = self._tensors()
-        if self.stream and any(self.pinned.get(id(tensor)) != tensor.dtype for tensor in tensors):
-            raise Inapplicable("group offload with a stream undoes the cast of a network that is cast after it")
+        if self.copied and any(self.copies.get(id(tensor)) != tensor.dtype for tensor in tensors):
+            raise Inapplicable("this group offload undoes the cast of a network that is cast after it")
         self.loads += 1
         self.offload_device = None  # no weight is where it rests, which is how the hooks ask whether they have come
         for tensor in tensors:
@@ -163,20 +165,26 @@ class _Group:
         self.offload_device = self.onload_device
         for tensor in self._tensors():
             self.recorder.on_host(tensor)
-        if self.stream is None and self.loads:  # Module.to() makes new buffers; those in `buffers` still come, too
+        if not self.copied and self.loads:  # Module.to() makes new buffers; those in `buffers` still come, too
             for part in (part for module in self.modules for part in module.modules()):
                 for name, buffer in part._buffers.items():
                     if buffer is not None:
                         part._buffers[name] = buffer.to(buffer.device, copy=True)
 
 
-def ungroupable(network: torch.nn.Module, *, leaf: bool) -> str | None:
+def ungroupable(network: torch.nn.Module, *, leaf: bool, disk: bool = False) -> str | None:
     """Why this network would fail under diffusers' group offload, or None.
 
     Hooks sit on forward alone: where `decode` is called, or a layer's weight is used without calling the layer, the
-    weights stay in host memory. A VAE by blocks needs a list of its parts, which few classes have.
+    weights stay in host memory. A VAE by blocks needs a list of its parts, which few classes have. On disk, of a weight
+    in two groups the second one would save what the first has left of it.
     """
     kind = type(network).__name__
+    if disk and any(len(stored(weight)) > 1 for weight in network.parameters()):
+        return f"{kind} is quantized: its weights cannot be saved in files"
+    weights = [weight for module in network.modules() for weight in module._parameters.values() if weight is not None]
+    if disk and len(set(weights)) < len(weights):
+        return f"{kind} has tied weights: in files they would get lost"
     if not getattr(network, "_supports_group_offloading", True):
         return f"{kind} does not support group offload"
     if not leaf and hasattr(network, "decode") and not getattr(network, "_group_offload_block_modules", None):
@@ -193,6 +201,7 @@ def groups_at_a_time(
     leaf: bool,
     blocks: int = 1,
     stream: bool = False,
+    disk: bool = False,
     exclude: Collection[str] = (),
 ) -> Callable[[], bool]:
     """`enable_group_offload` by leaves or by groups of `blocks`: a group's weights are there for its forward, with a
@@ -202,16 +211,18 @@ def groups_at_a_time(
     The hooks are diffusers' own; only a group's comings and goings are replaced. What differs with a stream: weights
     come in no time; they take blocks of the one pool that the recorder knows, and not of the stream's own; and where a
     group is fetched again before it leaves, no weight is there twice meanwhile. `record_stream` is off: the host waits
-    for the GPU before weights leave, so that their memory is free at once.
+    for the GPU before weights leave, so that their memory is free at once. From `disk` weights come as from host
+    memory.
 
     Raises:
-        Inapplicable: when a network would fail under it; with a stream also later, when one is cast and then comes.
+        Inapplicable: when a network would fail under it; with a stream or from disk also later, when one is cast and
+            then comes.
     """
     groups: list[_Group] = []
     side, real_config = _Stream() if stream else None, group_offloading.GroupOffloadingConfig
 
     def group(**given: Any) -> _Group:
-        groups.append(_Group(recorder, **given))
+        groups.append(_Group(recorder, disk=disk, **given))
         return groups[-1]
 
     def config(**given: Any) -> Any:
@@ -224,7 +235,7 @@ def groups_at_a_time(
     }
     with patch.multiple(group_offloading, ModuleGroup=group, GroupOffloadingConfig=config):
         for network in (network for name, network in networks.items() if name not in exclude):
-            if problem := ungroupable(network, leaf=leaf):
+            if problem := ungroupable(network, leaf=leaf, disk=disk):
                 raise Inapplicable(problem)
             apply: Any = getattr(
                 network, "enable_group_offload", partial(group_offloading.apply_group_offloading, network)

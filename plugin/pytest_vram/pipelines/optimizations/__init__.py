@@ -47,6 +47,8 @@ _REGISTRY: tuple[Optimization, ...] = (
     memory.GroupOffloadLeaf(),
     memory.GroupOffloadBlockStream(),
     memory.GroupOffloadLeafStream(),
+    memory.GroupOffloadBlockDisk(),
+    memory.GroupOffloadLeafDisk(),
     memory.ExpandableSegments(),
 )
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pytest_vram.pipelines.offload import Recorder
 
 Seen = Callable[[], bool]
+OFFLOAD_FOLDER = "PYTEST_VRAM_OFFLOAD_FOLDER"  # an environment variable of workers
 
 
 class Optimization:
@@ -23,6 +24,7 @@ class Optimization:
     dtype: ClassVar[str | None] = None
     environ: ClassVar[Mapping[str, str]] = {}
     offloads: ClassVar[bool] = False  # weights start in host memory; `at_once` names exceptions
+    on_disk: ClassVar[bool] = False  # weights are in files in the folder that `OFFLOAD_FOLDER` names
     needs_gpu: ClassVar[bool] = False
     trained: ClassVar[bool] = False  # decides by the values it sees: needs trained weights, and cannot be estimated
     replaces: ClassVar[bool] = False  # puts a network with weights of its own in place of another

@@ -1,9 +1,13 @@
 """Where weights wait, and how the GPU's memory is cut."""
 
+import os
+import shutil
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_vram.errors import Inapplicable
-from pytest_vram.pipelines.optimizations.base import Optimization, Seen, taken
+from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER, Optimization, Seen, taken
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +81,7 @@ class _GroupOffload(Optimization):
     needs_gpu = True
     leaf: ClassVar[bool]
     stream: ClassVar[bool] = False
+    onto: ClassVar[str] = "cuda"
 
     def _left_out(self, pipe: Any, denoiser: str) -> list[str]:
         import torch
@@ -85,23 +90,28 @@ class _GroupOffload(Optimization):
         from pytest_vram.pipelines.offload import ungroupable
 
         vae: Any = getattr(pipe, "vae", None)
-        if self.stream and hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast:
-            raise Inapplicable(f"{self.name}: its pinned copies undo the cast of the VAE to float32")
-        reasons = {name: ungroupable(network, leaf=self.leaf) for name, network in networks(pipe).items()}
+        kept = "files" if self.on_disk else "pinned copies" if self.stream else None
+        if kept and hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast:
+            raise Inapplicable(f"{self.name}: its {kept} undo the cast of the VAE to float32")
+        parts = networks(pipe)
+        reasons = {name: ungroupable(part, leaf=self.leaf, disk=self.on_disk) for name, part in parts.items()}
         if reason := reasons.get(denoiser):
             raise Inapplicable(f"{self.name}: {reason}")
         return [name for name, reason in reasons.items() if reason]
 
-    def apply(self, pipe: Any, denoiser: str) -> None:
+    def _options(self) -> dict[str, Any]:
         import torch
 
-        taken(pipe, "enable_group_offload")(
-            onload_device=torch.device("cuda"),
-            offload_type="leaf_level" if self.leaf else "block_level",
-            num_blocks_per_group=None if self.leaf else 1,
-            use_stream=self.stream,
-            exclude_modules=self._left_out(pipe, denoiser),
-        )
+        return {
+            "onload_device": torch.device(self.onto),
+            "offload_type": "leaf_level" if self.leaf else "block_level",
+            "num_blocks_per_group": None if self.leaf else 1,
+            "use_stream": self.stream,
+        }
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        offload = taken(pipe, "enable_group_offload")
+        offload(**self._options(), exclude_modules=self._left_out(pipe, denoiser))
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         away: list[bool] = []
@@ -117,7 +127,8 @@ class _GroupOffload(Optimization):
         from pytest_vram.pipelines.offload import groups_at_a_time
 
         left_out = self._left_out(pipe, denoiser)
-        return groups_at_a_time(networks(pipe), recorder, leaf=self.leaf, stream=self.stream, exclude=left_out)
+        how = {"leaf": self.leaf, "stream": self.stream, "disk": self.on_disk}
+        return groups_at_a_time(networks(pipe), recorder, **how, exclude=left_out)
 
 
 class GroupOffloadBlock(_GroupOffload):
@@ -144,6 +155,47 @@ class GroupOffloadLeafStream(_GroupOffload):
     summary = "one layer at a time on the GPU, the next one copied meanwhile; host memory is pinned"
     leaf = True
     stream = True
+
+
+class _GroupOffloadDisk(_GroupOffload):
+    """Weights are read from files for each forward. While they are loaded host memory holds them all, as it does for
+    users who load a pipeline first; what is saved is what it holds afterwards."""
+
+    on_disk = True
+    excludes = frozenset({"channels_last"})  # safetensors refuses strides of their own
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        from diffusers.hooks import apply_group_offloading
+
+        from pytest_vram.pipelines.build import networks, weights_bytes
+
+        folder, left_out = Path(os.environ[OFFLOAD_FOLDER]), self._left_out(pipe, denoiser)
+        written = {name: network for name, network in networks(pipe).items() if name not in left_out}
+        needed, free = weights_bytes(written), shutil.disk_usage(folder).free
+        if needed > free:
+            has = f"the temporary folder (TMPDIR) has {free / 2**30:.1f} GiB free"
+            raise Inapplicable(f"{self.name}: {needed / 2**30:.1f} GiB of weights, and {has}")
+        for name in left_out:
+            getattr(pipe, name).to(self.onto)
+        for name, network in written.items():  # a folder each: diffusers names the files by the paths of layers alone
+            offload = getattr(network, "enable_group_offload", partial(apply_group_offloading, network))
+            offload(**self._options(), offload_to_disk_path=str(folder / name))
+
+    def watch(self, pipe: Any, denoiser: str) -> Seen:
+        seen, files = super().watch(pipe, denoiser), Path(os.environ[OFFLOAD_FOLDER], denoiser)
+        return lambda: seen() and any(files.glob("*.safetensors"))
+
+
+class GroupOffloadBlockDisk(_GroupOffloadDisk):
+    name = "group_offload_block_disk"
+    summary = "one block of a network at a time on the GPU, read from a file each time; host memory holds none"
+    leaf = False
+
+
+class GroupOffloadLeafDisk(_GroupOffloadDisk):
+    name = "group_offload_leaf_disk"
+    summary = "one layer at a time on the GPU, read from a file each time; host memory holds none"
+    leaf = True
 
 
 class ExpandableSegments(Optimization):
