@@ -321,18 +321,6 @@ def test_a_backend_without_its_package_and_a_method_that_is_not_there_are_inappl
         chosen(["vae_tiling"])[0].apply(pipe, "unet")
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZATIONS if name.startswith("cache_")])
-def test_a_cache_is_enabled(name: str) -> None:
-    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
-    inputs = {"in_channels": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8)}
-    pipe = SimpleNamespace(transformer=FluxTransformer2DModel(**sizes, **inputs), current_timestep=500)
-    (cache,) = chosen([name])
-    seen = cache.watch(pipe, "transformer")
-    assert not seen()
-    cache.apply(pipe, "transformer")
-    assert seen()
-
-
 def test_a_model_whose_vae_has_no_tiny_one(tiny: Model) -> None:
     for network in (torch.nn.Linear(1, 1), AutoencoderKL(scaling_factor=0.5)):
         with pytest.raises(Inapplicable, match=r"^tiny_vae: "):

@@ -39,6 +39,7 @@ _REGISTRY: tuple[Optimization, ...] = (
     caches.CachePyramidAttention(),
     caches.CacheFaster(),
     caches.CacheTaylorSeer(),
+    caches.CacheMag(),
     encoders.TextEncodersOnCpu(),
     encoders.TextEncodersDropped(),
     memory.ModelOffload(),

@@ -1,8 +1,9 @@
 """Outputs of the denoiser's parts, used again in later steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from pytest_vram.errors import Inapplicable
 from pytest_vram.pipelines.optimizations.base import Optimization, Seen, denoisers, taken
 
 
@@ -28,8 +29,34 @@ class _Cache(Optimization):
         return {}
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
-        """That it is on; whether it left anything out its hooks do not say."""
-        return lambda: all(network.is_cache_enabled for network in denoisers(pipe, denoiser))
+        """Whether a part of the denoiser was called and not computed: a hook of diffusers stands before the forward of
+        a part, which it calls or not."""
+        counts = [_Counts(network) for network in denoisers(pipe, denoiser)]
+        return lambda: any(count.computed < count.called for count in counts)
+
+
+class _Counts:
+    """How often the parts of a network that have hooks are called, and how often they are computed."""
+
+    def __init__(self, network: Any) -> None:
+        self.called = self.computed = 0
+        for part in network.modules():
+            registry = getattr(part, "_diffusers_hook", None)
+            replaced = [ref for ref in registry._fn_refs if ref.original_forward] if registry else []
+            if part is network or not replaced:
+                continue
+            part.register_forward_pre_hook(self._call)
+            replaced[0].original_forward = self._counted(replaced[0].original_forward)  # that of the part itself
+
+    def _call(self, *_: Any) -> None:
+        self.called += 1
+
+    def _counted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def computing(*args: Any, **kwargs: Any) -> Any:
+            self.computed += 1
+            return forward(*args, **kwargs)
+
+        return computing
 
 
 class CacheFirstBlock(_Cache):
@@ -60,3 +87,30 @@ class CacheTaylorSeer(_Cache):
     name = "cache_taylorseer"
     summary = "TaylorSeer: outputs are predicted from those of earlier steps"
     config = "TaylorSeerCacheConfig"
+
+
+class CacheMag(_Cache):
+    """Its ratios are measured for a model; diffusers has those of FLUX.1."""
+
+    name = "cache_mag"
+    summary = "MagCache: steps are left out in which the output's magnitude is known to change little"
+    config = "MagCacheConfig"
+
+    def of(self, network: Any) -> Mapping[str, Any]:
+        if type(network).__name__ != "FluxTransformer2DModel":
+            raise Inapplicable(f"{self.name}: diffusers has no ratios for {type(network).__name__}")
+        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+        return {"mag_ratios": FLUX_MAG_RATIOS}
+
+    def apply(self, pipe: Any, denoiser: str) -> None:
+        super().apply(pipe, denoiser)
+        for network in denoisers(pipe, denoiser):
+            network.register_forward_pre_hook(lambda network, _: self._fit(network._cache_config, pipe.num_timesteps))
+
+    def _fit(self, config: Any, steps: int) -> None:
+        """The ratios for as many steps as this call takes, which nobody knows before it."""
+        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
+
+        if steps != config.num_inference_steps:
+            config.num_inference_steps, config.mag_ratios = steps, nearest_interp(FLUX_MAG_RATIOS, steps)
