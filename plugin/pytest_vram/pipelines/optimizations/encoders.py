@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from pytest_vram.pipelines.offload import Recorder
 
-Tensors = Any  # a tensor, None, or lists and tuples of such
-
 
 class _Elsewhere(Optimization):
     """The text encoders are not on the GPU while the denoiser runs. All that runs them must be `encode_prompt`."""
@@ -57,7 +55,7 @@ class TextEncodersOnCpu(_Elsewhere):
         encode = pipe.encode_prompt
         signature = inspect.signature(encode)
 
-        def on_cpu(*args: Any, **kwargs: Any) -> Tensors:
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
             nonlocal device
             device = torch.device("cpu")
             given = signature.bind(*args, **kwargs)
@@ -82,7 +80,7 @@ class TextEncodersOnCpu(_Elsewhere):
         Unit(list(modules_in_order(others)), recorder).load()
         encode = pipe.encode_prompt
 
-        def on_cpu(*args: Any, **kwargs: Any) -> Tensors:
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
             with recorder.host():
                 embeddings = encode(*args, **kwargs)
             return _each(embeddings, lambda tensor: tensor.clone())
@@ -169,17 +167,18 @@ def _set_execution_device(pipe: Any, device: "Callable[[], torch.device]") -> No
 def _encode_once(pipe: Any, denoiser: str, then: Callable[[], None]) -> None:
     """Keep what `encode_prompt` gives in the first call of the pipeline, which may be several times; call `then` where
     it reaches the denoiser."""
-    kept: dict[str, Tensors] = {}
+    kept: dict[str, Any] = {}
     encode = pipe.encode_prompt
     gone = False
 
-    def once(*args: Any, **kwargs: Any) -> Tensors:
+    def once(*args: Any, **kwargs: Any) -> Any:
         key = repr((args, kwargs))
         if key not in kept:
             if gone:
                 raise RuntimeError("another prompt than the first call's, and the text encoders are gone")
-            kept[key] = encode(*args, **kwargs)
-        return _each(kept[key], lambda tensor: tensor)
+            own = {name: _each(value) for name, value in kwargs.items()}  # Z-Image writes into the list of prompts
+            kept[key] = encode(*_each(args), **own)
+        return _each(kept[key])
 
     def reached(*_: Any) -> None:
         nonlocal gone
@@ -192,8 +191,8 @@ def _encode_once(pipe: Any, denoiser: str, then: Callable[[], None]) -> None:
     hooks = [network.register_forward_pre_hook(reached) for network in denoisers(pipe, denoiser)]
 
 
-def _each(value: Tensors, change: "Callable[[torch.Tensor], torch.Tensor]") -> Tensors:
-    """The same lists and tuples, of changed tensors."""
+def _each(value: Any, change: "Callable[[torch.Tensor], torch.Tensor]" = lambda tensor: tensor) -> Any:
+    """Copies of lists and tuples, with their tensors changed."""
     if isinstance(value, (list, tuple)):
         return type(value)(_each(part, change) for part in value)
     return change(value) if hasattr(value, "untyped_storage") else value
