@@ -347,9 +347,10 @@ def test_trained_weights_get_what_is_prepared(tiny: Model, saved: Path, monkeypa
     pipe = pretrained_pipeline(model, torch.float32, "cpu", prepare)
     assert known == ["madebyollin/taesd"]
     assert type(pipe.vae).__name__ == "AutoencoderTiny"
-    assert chosen(["int8_weight_only"])[0].watch(pipe, "unet")()
+    seen = chosen(["int8_weight_only"])[0].watch(pipe, "unet")
     case = case_of(tiny, height=32, width=32)
     assert len(pipe(**call_arguments(pipe, case, None)).images) == 1
+    assert seen()
 
 
 def test_weights_under_layerwise_casting_are_the_same_but_for_rounding(tiny: Model) -> None:
@@ -382,7 +383,12 @@ def test_what_is_allowed_together_works_together(tiny: Model, one: str, other: s
     def prepare(parts: Components) -> list[Arrived]:
         return [change for flag in flags if (change := flag.prepare(parts, "unet"))]
 
-    pipe = random_pipeline(tiny, torch.float32, "cpu", prepare=prepare)
+    try:
+        pipe = random_pipeline(tiny, torch.float32, "cpu", prepare=prepare)
+    except Inapplicable as error:
+        if "it needs a package: pip install bitsandbytes" in str(error):
+            pytest.skip(str(error))
+        raise
     for flag in flags:
         flag.apply(pipe, "unet")
     seen = [flag.watch(pipe, "unet") for flag in flags]

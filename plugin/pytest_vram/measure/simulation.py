@@ -1,5 +1,6 @@
 """The estimate: what a case would take on a GPU, with no GPU and no weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from pytest_vram.measure.allocator import EXPANDABLE_SLACK, MIB, replay, smalles
 from pytest_vram.measure.phases import Phases
 from pytest_vram.measure.trace import CPU, HOPPER, KEEP_VALUES, OneDevice, Trace, as_meta
 from pytest_vram.pipelines.build import (
+    Arrived,
+    Components,
     assemble,
     build_component,
     call_arguments,
@@ -54,18 +57,16 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
             components = {name: build_component(part, dtype) for name, part in model.components.items()}
         for module in components.values():
             _to_meta(module)
-        for optimization in optimizations:
-            if change := optimization.prepare(components, model.denoiser):
-                for module in modules_in_order(components):
+        changes = [change for o in optimizations if (change := o.prepare(components, model.denoiser))]
+        if offloaded:  # in host memory
+            for module in modules_in_order(components):
+                for change in changes:
                     change(module)
-        weights = weights_bytes(components)
         with OneDevice(), Trace(capability) as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:
-                for module in modules_in_order(components):
-                    for tensor in (*module._parameters.values(), *module._buffers.values()):
-                        for part in stored(tensor) if tensor is not None else ():
-                            trace.track(part)
+                _arrive(components, changes, trace)
+            weights = weights_bytes(components)
             seen = {o.name: o.simulate(pipe, model.denoiser, trace) for o in optimizations}
             phases = Phases(pipe, model.denoiser, trace.enter, decoder=model.decoder)
             arguments = call_arguments(pipe, case.model_copy(update={"steps": STEPS}), None)
@@ -86,6 +87,16 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
         phases=free.phases,
         effects=effects,
     )
+
+
+def _arrive(components: Components, changes: Sequence[Arrived], trace: Trace) -> None:
+    """The weights come, and each module is changed before the next one has its own, as `fill` does it."""
+    for module in modules_in_order(components):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            for part in stored(tensor) if tensor is not None else ():
+                trace.track(part)
+        for change in changes:
+            change(module)
 
 
 def _to_meta(module: torch.nn.Module) -> None:

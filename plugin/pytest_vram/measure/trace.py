@@ -24,10 +24,12 @@ CUBLAS_WORKSPACE = 32 * MIB
 OLDER_CUBLAS_WORKSPACE = (4096 * 2 + 16 * 8) << 10
 HOPPER = 9.0
 MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._scaled_mm.default}
+MATMULS |= {aten.linear.default, aten.matmul.default}  # which are taken apart before, but in `KERNELS`
 SHAPE_FROM_VALUES = {"aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"}
 
+FUSED_4BIT_ROWS = 4  # _GEMM_4BIT_CUSTOM_FLOOR_M of bitsandbytes 0.50; of some shapes it fuses up to 1536
+
 Block = tuple[int, int]  # number, bytes
-FUSED_4BIT_ROWS = 4  # bitsandbytes/backends/cuda/ops.py; for some shapes it fuses more rows, on Hopper up to 512
 
 
 def as_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,6 +177,11 @@ class Trace(TorchDispatchMode):
     # How operators run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # a quantized tensor holds nothing itself: it calls operators on its parts
+        if (kernel := KERNELS.get(func._schema.name)) and any(t.is_meta for t in _tensors_in(args)):
+            with self:
+                return kernel(*args, **(kwargs or {}))
         if self._host:
             out = self._run(func, args, kwargs or {})
             for tensor in _tensors_in((out,)):
@@ -291,45 +298,42 @@ class Trace(TorchDispatchMode):
         return out
 
 
-# Kernels of libraries that PyTorch sees as one operator, by what they allocate. Where a source is named it was read there.
+# Kernels that come as one operator, as what they allocate; where a file is named, its operators are repeated.
 
 
-def _int4_matmul(sample: torch.Tensor, _: Any, __: int, scales: torch.Tensor) -> torch.Tensor:
-    return sample.new_empty(sample.shape[0], scales.shape[1])  # PyTorch's own meta kernel fails in 2.13
+def _int4_matmul(sample: torch.Tensor, weight: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own function for meta tensors wants fake ones (2.13)."""
+    return sample.new_empty(sample.shape[0], scales.shape[1])
 
 
 def _bnb_4bit_matmul(
-    sample: torch.Tensor, _: Any, shape: list[int], __: Any, ___: int, ____: str, bias: Any = None, **_____: Any
+    sample: torch.Tensor, weight: Any, shape: list[int], absmax: Any, block: int, kind: str, bias: Any = None, **_: Any
 ) -> torch.Tensor:
-    """bitsandbytes/backends/cuda/ops.py: all but a few rows are multiplied with the weight, dequantized."""
+    """bitsandbytes/backends/cuda/ops.py: many rows are multiplied with the weight in their own dtype."""
     if sample.numel() // sample.shape[-1] <= FUSED_4BIT_ROWS:
         return sample.new_empty((*sample.shape[:-1], shape[0]))
     return torch.nn.functional.linear(sample, sample.new_empty(shape), bias)
 
 
-def _bnb_int8_quantize(sample: torch.Tensor, threshold: float = 0.0) -> tuple[Any, ...]:
-    """bitsandbytes/backends/cuda/ops.py; no activation is an outlier."""
+def _bnb_int8_quantize(sample: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor | None, ...]:
+    """bitsandbytes/backends/cuda/ops.py, where no activation is an outlier."""
     scales = sample.new_empty(sample.numel() // sample.shape[-1], dtype=torch.float32)
     quantized = torch.empty_like(sample, dtype=torch.int8)
     if not threshold:
         return quantized, scales, None
-    outliers = sample.abs() >= threshold
-    columns = sample.new_empty(0, dtype=torch.int64)
-    del outliers
-    return quantized, scales, columns
+    sample.abs() >= threshold  # noqa: B015
+    return quantized, scales, sample.new_empty(0, dtype=torch.int64)
 
 
 def _bnb_int8_matmul(
-    sample: torch.Tensor, weight: torch.Tensor, _: Any, __: Any, bias: Any = None, dtype: torch.dtype | None = None
+    sample: torch.Tensor, weight: torch.Tensor, rows: Any, columns: Any, bias: Any = None, dtype: Any = None
 ) -> torch.Tensor:
-    """bitsandbytes/backends/default/ops.py and cuda/ops.py: an int32 product, a float16 one, and one of the dtype."""
+    """bitsandbytes/backends/default/ops.py and cuda/ops.py: the product in int32, in float16, and in `dtype`."""
     product = sample.new_empty((*sample.shape[:-1], weight.shape[0]), dtype=torch.int32)
     return torch.empty_like(product, dtype=torch.float16).to(dtype or torch.float16)
 
 
-def _bnb_int8_mixed_matmul(
-    sample: torch.Tensor, quantized: torch.Tensor, weight: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, ...]:
+def _bnb_int8_mixed_matmul(sample: torch.Tensor, quantized: torch.Tensor, weight: torch.Tensor, *_: Any) -> Any:
     return _bnb_int8_matmul(quantized, weight, None, None, dtype=sample.dtype), sample.new_empty(0)
 
 
@@ -337,11 +341,11 @@ def _quanto_quantize(base: torch.Tensor, dtype: torch.dtype, axis: int | None, s
     """optimum/quanto/library/quantize.py"""
     data = base / scale
     data = torch.round(data)
-    return torch.clamp(data, min=-1, max=1).to(dtype)
+    return torch.clamp(data, min=-128, max=127).to(dtype)
 
 
 def _quanto_matmul(sample: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """optimum/quanto/library/qbytes_mm.py, on a GPU"""
+    """optimum/quanto/library/qbytes_mm.py"""
     weight = scales * weight
     return torch.matmul(sample, weight.t())
 
@@ -349,11 +353,11 @@ def _quanto_matmul(sample: torch.Tensor, weight: torch.Tensor, scales: torch.Ten
 KERNELS: dict[str, Callable[..., Any]] = {
     "aten::_weight_int4pack_mm": _int4_matmul,
     "bitsandbytes::gemm_4bit": _bnb_4bit_matmul,
-    "bitsandbytes::int8_vectorwise_quant": _bnb_int8_quantize,
-    "bitsandbytes::int8_scaled_mm": _bnb_int8_matmul,
     "bitsandbytes::int8_mixed_scaled_mm": _bnb_int8_mixed_matmul,
-    "quanto::quantize_symmetric": _quanto_quantize,
+    "bitsandbytes::int8_scaled_mm": _bnb_int8_matmul,
+    "bitsandbytes::int8_vectorwise_quant": _bnb_int8_quantize,
     "quanto::qbytes_mm": _quanto_matmul,
+    "quanto::quantize_symmetric": _quanto_quantize,
 }
 
 

@@ -364,10 +364,19 @@ def weights_bytes(components: Mapping[str, torch.nn.Module]) -> int:
 
 
 def stored(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold this one's values: itself, or the parts of a quantized one."""
+    """The tensors that hold this one's values: itself, or a quantized one's parts, bitsandbytes' statistics too."""
     if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
+        return [tensor, *_statistics(tensor)]
     return [part for name in tensor.__tensor_flatten__()[0] for part in stored(getattr(tensor, name))]
+
+
+def _statistics(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside a weight: an `SCB` in 8 bits, a `quant_state` in 4, which may hold another."""
+    found, state = [getattr(tensor, "SCB", None)], getattr(tensor, "quant_state", None)
+    while state is not None:
+        found += [state.absmax, state.code, state.offset]
+        state = state.state2
+    return [part for part in found if isinstance(part, torch.Tensor)]
 
 
 def networks(pipe: Any) -> Components:
