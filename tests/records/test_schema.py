@@ -88,6 +88,7 @@ def test_what_cannot_be_true(changes: dict[str, Any], problem: str) -> None:
         {"memory": {"need_bytes": 15864 * MIB}},
         {"memory": {"weights_bytes": 11801 * MIB}, "case": {"optimizations": ["fp16", "model_offload"]}},
         {"memory": {"weights_bytes": 11801 * MIB}, "case": {"optimizations": ["fp16", "sequential_offload"]}},
+        {"memory": {"weights_bytes": 11801 * MIB}, "case": {"optimizations": ["fp16", "text_encoders_dropped"]}},
         {"memory": {"weights_bytes": 11801 * MIB}, "status": "oom", "failure": FAILURE},
         {"memory": BARE},
         {"method": "estimated", "time": {}, "memory": {**BARE, "need_bytes": 1, "estimated_need_bytes": 1}},

@@ -186,11 +186,26 @@ def test_offloads(set_: str, offloads: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("set_", "moves"),
+    [
+        ("fp16+vae_tiling", 0),
+        ("fp16+model_offload", 1),
+        ("fp16+text_encoders_on_cpu", 1),
+        ("fp16+text_encoders_dropped", 1),
+        ("fp16+group_offload_leaf_disk", 2),
+    ],
+)
+def test_moves(set_: str, moves: int) -> None:
+    assert choice(measured(set_)).moves == moves
+
+
+@pytest.mark.parametrize(
     ("found", "expected"),
     [
         (measured(memory={"host_peak_bytes": 3 * GIB}), 8 * GIB),
         (measured(memory={"host_peak_bytes": 3 * GIB, "weights_bytes": None}), 3 * GIB),
         (measured("fp16+model_offload", memory={"host_peak_bytes": 9 * GIB}), 9 * GIB),
+        (measured("fp16+text_encoders_dropped", memory={"host_peak_bytes": 9 * GIB}), 9 * GIB),
         (measured(memory={"host_peak_bytes": 8 * GIB}, case={"weights": "pretrained"}), 8 * GIB),
         (own(memory={"host_peak_bytes": 8 * GIB}), 8 * GIB),
         (measured(memory={"host_peak_bytes": None}), None),

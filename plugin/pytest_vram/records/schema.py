@@ -211,7 +211,7 @@ def impossible_figures(record: Record) -> str | None:
     """
     memory = record.memory
     own = isinstance(record.case, OwnCase)  # which may offload unseen
-    offloaded = own or any("offload" in name for name in record.case.optimizations)
+    offloaded = own or any("offload" in name or "encoders" in name for name in record.case.optimizations)
     tolerance = memory.need_tolerance_bytes or 0
     order = [
         ("weights_bytes", None if offloaded else memory.weights_bytes, "allocated_peak_bytes", 0),

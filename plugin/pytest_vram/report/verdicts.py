@@ -171,14 +171,14 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
     """The verdict on the smallest card that runs the workload comfortably: it fits, and at full speed.
 
     Full speed is within `SAME_TIME` of the fastest choice that any card runs, as timed on the same GPU. Of an estimate
-    there is no time: there it is a choice with no flag that offloads.
+    there is no time: there it is a choice whose weights are all on the GPU.
     """
 
     def comfortable(verdict: Verdict) -> bool:
         if verdict.outcome != "fits":
             return False
         if verdict.call_s is None:
-            return not verdict.choice.offloads
+            return not verdict.choice.moves
         return verdict.call_s <= SAME_TIME * fastest.get(verdict.choice.gpu_key, verdict.call_s)
 
     fastest: dict[GpuKey, float] = {}  # by GPU: times of two GPUs say nothing of each other

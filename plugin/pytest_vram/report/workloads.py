@@ -157,9 +157,10 @@ class Choice:
 
     @property
     def moves(self) -> int:
-        """How often an offload moves weights to the GPU: 0 never, 1 once a call, 2 in each step."""
+        """How often weights that wait in host memory are used: 0 never, 1 once a call (or prompt), 2 in each step."""
         in_each_step = any(name.startswith(("sequential_", "group_")) for name in self.optimizations)
-        return 2 if self.offloads and in_each_step else int(self.offloads)
+        encoders = any(name.startswith("text_encoders_") for name in self.optimizations)
+        return 2 if self.offloads and in_each_step else int(self.offloads or encoders)
 
     @property
     def host_bytes(self) -> int | None:
@@ -168,7 +169,7 @@ class Choice:
         memory, case = self.record.memory, self.record.case
         if memory.host_peak_bytes is None:
             return None
-        made_on_the_gpu = isinstance(case, Case) and case.weights == "random" and not self.offloads
+        made_on_the_gpu = isinstance(case, Case) and case.weights == "random" and not self.moves
         return memory.host_peak_bytes + (memory.weights_bytes or 0 if made_on_the_gpu else 0)
 
     @property
