@@ -12,7 +12,7 @@ from pytest_vram.cases.models import Model
 from pytest_vram.errors import Inapplicable
 from pytest_vram.measure.subject import SweepSubject
 from pytest_vram.pipelines.build import Arrived, Components, call_arguments, networks, random_pipeline
-from pytest_vram.pipelines.offload import ungroupable
+from pytest_vram.pipelines.offload import unwritable
 from pytest_vram.pipelines.optimizations import OPTIMIZATIONS, excluded
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.pipelines.optimizations.memory import GroupOffloadBlockDisk, GroupOffloadLeafDisk
@@ -83,12 +83,29 @@ def test_a_disk_that_is_too_small(tiny: Model, folder: Path, flag: Any, monkeypa
 
 def test_what_cannot_be_written() -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    twice = torch.nn.Sequential(layers[0], layers[0])
-    assert ungroupable(layers, leaf=True, disk=True) is None
-    assert ungroupable(twice, leaf=True, disk=True) is None, "one module, one group"
+    assert unwritable(layers) is None
+    assert unwritable(torch.nn.Sequential(layers[0], layers[0])) is None, "one module, one group"
     layers[1].weight = layers[0].weight
-    assert ungroupable(layers, leaf=True) is None
-    assert ungroupable(layers, leaf=True, disk=True) == "Sequential has tied weights: in files they would get lost"
+    assert unwritable(layers) == "Sequential has tied weights: in files they get lost"
+
+
+@BOTH
+def test_a_text_encoder_with_tied_weights_waits_in_host_memory(tiny: Model, folder: Path, flag: Any) -> None:
+    torch.manual_seed(0)
+    plain, pipe = random_pipeline(tiny, torch.float32, "cpu"), random_pipeline(tiny, torch.float32, "cpu")
+    pipe.unet.load_state_dict(plain.unet.state_dict())
+    pipe.vae.load_state_dict(plain.vae.state_dict())
+    for it in (plain, pipe):
+        layers = [module for module in it.text_encoder.modules() if isinstance(module, torch.nn.Linear)]
+        it.text_encoder.load_state_dict(plain.text_encoder.state_dict())
+        layers[0].weight = layers[1].weight
+    flag.apply(pipe, "unet")
+    assert torch.equal(image(pipe, tiny), image(plain, tiny))
+    assert written(folder / "unet")
+    assert not written(folder / "text_encoder")
+
+
+def test_what_excludes_files() -> None:
     for name in ("group_offload_block_disk", "group_offload_leaf_disk"):
         assert "channels_last" in excluded(name)
         assert "group_offload_leaf" in excluded(name)

@@ -172,19 +172,13 @@ class _Group:
                         part._buffers[name] = buffer.to(buffer.device, copy=True)
 
 
-def ungroupable(network: torch.nn.Module, *, leaf: bool, disk: bool = False) -> str | None:
+def ungroupable(network: torch.nn.Module, *, leaf: bool) -> str | None:
     """Why this network would fail under diffusers' group offload, or None.
 
     Hooks sit on forward alone: where `decode` is called, or a layer's weight is used without calling the layer, the
-    weights stay in host memory. A VAE by blocks needs a list of its parts, which few classes have. On disk, of a weight
-    in two groups the second one would save what the first has left of it.
+    weights stay in host memory. A VAE by blocks needs a list of its parts, which few classes have.
     """
     kind = type(network).__name__
-    if disk and any(len(stored(weight)) > 1 for weight in network.parameters()):
-        return f"{kind} is quantized: its weights cannot be saved in files"
-    weights = [weight for module in network.modules() for weight in module._parameters.values() if weight is not None]
-    if disk and len(set(weights)) < len(weights):
-        return f"{kind} has tied weights: in files they would get lost"
     if not getattr(network, "_supports_group_offloading", True):
         return f"{kind} does not support group offload"
     if not leaf and hasattr(network, "decode") and not getattr(network, "_group_offload_block_modules", None):
@@ -192,6 +186,16 @@ def ungroupable(network: torch.nn.Module, *, leaf: bool, disk: bool = False) -> 
     if leaf and any(isinstance(module, torch.nn.MultiheadAttention) for module in network.modules()):
         return f"{kind} does not support group offload by leaves: it has a MultiheadAttention, which calls no out_proj"
     return None
+
+
+def unwritable(network: torch.nn.Module) -> str | None:
+    """Why diffusers cannot keep the groups of this network in files, or None. Of a weight in two groups the second one
+    saves what the first has left of it."""
+    kind = type(network).__name__
+    if any(len(stored(weight)) > 1 for weight in network.parameters()):
+        return f"{kind} is quantized: its weights cannot be saved in files"
+    weights = [weight for module in network.modules() for weight in module._parameters.values() if weight is not None]
+    return f"{kind} has tied weights: in files they get lost" if len({*map(id, weights)}) < len(weights) else None
 
 
 def groups_at_a_time(
@@ -235,7 +239,7 @@ def groups_at_a_time(
     }
     with patch.multiple(group_offloading, ModuleGroup=group, GroupOffloadingConfig=config):
         for network in (network for name, network in networks.items() if name not in exclude):
-            if problem := ungroupable(network, leaf=leaf, disk=disk):
+            if problem := ungroupable(network, leaf=leaf):
                 raise Inapplicable(problem)
             apply: Any = getattr(
                 network, "enable_group_offload", partial(group_offloading.apply_group_offloading, network)

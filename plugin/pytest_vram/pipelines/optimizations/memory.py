@@ -93,8 +93,7 @@ class _GroupOffload(Optimization):
         kept = "files" if self.on_disk else "pinned copies" if self.stream else None
         if kept and hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast:
             raise Inapplicable(f"{self.name}: its {kept} undo the cast of the VAE to float32")
-        parts = networks(pipe)
-        reasons = {name: ungroupable(part, leaf=self.leaf, disk=self.on_disk) for name, part in parts.items()}
+        reasons = {name: ungroupable(network, leaf=self.leaf) for name, network in networks(pipe).items()}
         if reason := reasons.get(denoiser):
             raise Inapplicable(f"{self.name}: {reason}")
         return [name for name, reason in reasons.items() if reason]
@@ -158,8 +157,8 @@ class GroupOffloadLeafStream(_GroupOffload):
 
 
 class _GroupOffloadDisk(_GroupOffload):
-    """Weights are read from files for each forward. While they are loaded host memory holds them all, as it does for
-    users who load a pipeline first; what is saved is what it holds afterwards."""
+    """Weights are read from files for each forward; those of text encoders that cannot be written wait in host memory.
+    While a pipeline is loaded host memory holds it all, as it does for users: what is saved is what it holds later."""
 
     on_disk = True
     excludes = frozenset({"channels_last"})  # safetensors refuses strides of their own
@@ -168,18 +167,27 @@ class _GroupOffloadDisk(_GroupOffload):
         from diffusers.hooks import apply_group_offloading
 
         from pytest_vram.pipelines.build import networks, weights_bytes
+        from pytest_vram.pipelines.offload import unwritable
 
         folder, left_out = Path(os.environ[OFFLOAD_FOLDER]), self._left_out(pipe, denoiser)
-        written = {name: network for name, network in networks(pipe).items() if name not in left_out}
+        grouped = {name: network for name, network in networks(pipe).items() if name not in left_out}
+        written = {name: network for name, network in grouped.items() if not unwritable(network)}
         needed, free = weights_bytes(written), shutil.disk_usage(folder).free
         if needed > free:
             has = f"the temporary folder (TMPDIR) has {free / 2**30:.1f} GiB free"
             raise Inapplicable(f"{self.name}: {needed / 2**30:.1f} GiB of weights, and {has}")
         for name in left_out:
             getattr(pipe, name).to(self.onto)
-        for name, network in written.items():  # a folder each: diffusers names the files by the paths of layers alone
+        for name, network in grouped.items():  # a folder each: diffusers names the files by the paths of layers alone
             offload = getattr(network, "enable_group_offload", partial(apply_group_offloading, network))
-            offload(**self._options(), offload_to_disk_path=str(folder / name))
+            offload(**self._options(), offload_to_disk_path=str(folder / name) if name in written else None)
+
+    def _left_out(self, pipe: Any, denoiser: str) -> list[str]:
+        from pytest_vram.pipelines.offload import unwritable
+
+        if reason := unwritable(getattr(pipe, denoiser)):
+            raise Inapplicable(f"{self.name}: {reason}")
+        return super()._left_out(pipe, denoiser)
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         seen, files = super().watch(pipe, denoiser), Path(os.environ[OFFLOAD_FOLDER], denoiser)
