@@ -15,6 +15,7 @@ from pytest_vram.report.verdicts import WORDS, best, recommended
 from pytest_vram.report.workloads import SAME_TIME, Choice, Workload, against, baseline, gather
 
 ROOT = Path(__file__).parents[1]
+GPU = "NVIDIA H100 80GB HBM3"  # where this question was measured
 PAGE = ROOT / "docs" / "original-report.md"
 MODELS = ("stable-diffusion-v1-5", "sdxl", "sdxl-turbo")  # sd-food has the weights of Stable Diffusion 1.5
 FLAGS = ("attention_slicing", "vae_slicing", "model_offload", "expandable_segments")
@@ -64,6 +65,10 @@ is bound by the CPU and varies by up to {same_time} times from run to run, rarel
 """
 
 
+def _measured(workload: Workload, document: Document) -> list[Choice]:
+    return next((choices for choices in document.evidence.by_gpu(workload) if choices[0].gpu == GPU), [])
+
+
 def page(results: Path) -> str:
     """The text of the page, from the runs in `results`."""
     runs, _ = read_runs([results])
@@ -72,12 +77,12 @@ def page(results: Path) -> str:
     card = find_card("RTX 3060", cards)
     workloads = [w for name in MODELS for w in document.evidence.subjects[name] if w.label == "512x512, batch 1"]
     first = next(w for w in workloads if w.model == MODELS[0])
-    by_set = {choice.name: choice for choice in document.evidence.measured(first)}
+    by_set = {choice.name: choice for choice in _measured(first, document)}
     plain, sequential = by_set["fp16"], by_set["fp16+sequential_offload"]
     offload = by_set["fp16+model_offload"]
     memory = plain.record.memory
     larger = next(w for w in document.evidence.subjects[MODELS[0]] if w.label == "1024x1024, batch 1")
-    at_1024 = {choice.name: choice for choice in document.evidence.measured(larger)}
+    at_1024 = {choice.name: choice for choice in _measured(larger, document)}
     fused, sliced = at_1024["fp16"], at_1024["fp16+attention_slicing"]
     return TEXT.format(
         visible=card.visible_gib,
@@ -108,7 +113,7 @@ def _answers(workloads: list[Workload], document: Document) -> Table:
     rows = []
     for workload in workloads:
         verdict = best(workload, card, document.evidence)
-        known = [*document.evidence.measured(workload), *document.evidence.estimated(workload)]
+        known = [*_measured(workload, document), *document.evidence.estimated(workload)]
         least = min(known, key=lambda choice: choice.required_bytes or 1 << 62)
         good = recommended(workload, document.cards, document.evidence)
         rows.append(
@@ -144,7 +149,7 @@ def _why(plain: Choice, document: Document) -> Table:
 def _flags(workloads: list[Workload], document: Document) -> Table:
     rows = []
     for workload in workloads:
-        choices = {choice.name: choice for choice in document.evidence.measured(workload)}
+        choices = {choice.name: choice for choice in _measured(workload, document)}
         choices |= {c.name: c for c in document.evidence.estimated(workload) if c.name not in choices}
         plain = baseline(list(choices.values()))
         for name in ("fp16", *(f"fp16+{flag}" for flag in FLAGS), "+".join(("fp16", *FLAGS))):

@@ -38,7 +38,7 @@ The peak of allocated memory, as `torch.cuda.max_memory_allocated` gives it; our
 {published}
 
 Where weights and denoiser decide, the ratio is 1: FLUX.1-dev differs by at most {flux} %. One image of 28 steps by it
-took the first of these sources 6.57 s, with the releases of its time, and {flux_s} here.
+took the first of these sources 6.57 s, with the releases of its time, and {flux_s} here, on {flux_gpu}.
 
 ## Against the estimate
 
@@ -117,17 +117,18 @@ def with_and_without(records: dict[Key, Record]) -> list[tuple[Key, Record, Reco
 
 
 class Records(NamedTuple):
-    """The newest of each case: measured, measured with a need, and estimated."""
+    """The newest of each case: measured, and on which GPU, measured with a need, and estimated."""
 
     measured: dict[Key, Record]
+    gpus: dict[Key, str]
     needs: dict[Key, Record]
     estimated: dict[Key, Record]
 
 
 def gather(runs: Iterable[ReadRun]) -> Records:
     """The cases that completed with no limit; runs come oldest first."""
-    found = Records({}, {}, {})
-    for record in (record for run in runs for record in run.records):
+    found = Records({}, {}, {}, {})
+    for gpu, record in ((run.gpu, record) for run in runs for record in run.records):
         case = record.case
         if record.status != "ok" or not isinstance(case, Case) or case.limit_bytes is not None:
             continue
@@ -135,6 +136,7 @@ def gather(runs: Iterable[ReadRun]) -> Records:
             found.estimated[key(case)] = record
             continue
         found.measured[key(case)] = record
+        found.gpus[key(case)] = gpu or ""
         if record.memory.need_bytes:
             found.needs[key(case)] = record
     return found
@@ -189,8 +191,9 @@ def videos(found: Records) -> str:
             required = gib(found.needs[k].memory.required_bytes) if k in found.needs else "–"
             full_s = record.time.full_length_s or 0
             peaks = (gib(record.phases[name].allocated_peak_bytes) for name in ("encode", "denoise", "decode"))
-            rows.append((k, [required, f"{full_s:.1f}", f"{full_s / frames:.2f}", " / ".join(peaks)]))
-    return table(["required", "s", "s a frame", "allocated: encode / denoise / decode"], rows)
+            seconds = [f"{full_s:.1f}", f"{full_s / frames:.2f}", found.gpus[k]]
+            rows.append((k, [required, *seconds, " / ".join(peaks)]))
+    return table(["required", "s", "s a frame", "on", "allocated: encode / denoise / decode"], rows)
 
 
 def page(results: Path) -> str:
@@ -198,12 +201,13 @@ def page(results: Path) -> str:
     runs, _ = read_runs([results])
     found = gather(runs)
     compared, flux = published(found.measured, found.estimated)
-    one = found.measured["flux1-dev", "bf16", 1024, 1024, None, 1]
+    one: Key = "flux1-dev", "bf16", 1024, 1024, None, 1
     return TEXT.format(
         gpus=", ".join(sorted({run.gpu for run in runs if run.gpu})),
         published=compared,
         flux=f"{100 * flux:.1f}",
-        flux_s=f"{one.time.full_length_s:.2f} s",
+        flux_s=f"{found.measured[one].time.full_length_s:.2f} s",
+        flux_gpu=found.gpus[one],
         videos=videos(found),
         **against_estimate(found.needs),
         **expandable(found),

@@ -337,7 +337,7 @@ def taken(evidence: Evidence, on: Card) -> tuple[str, str]:
 
 FAST, SLOW, TINY = (
     measured("fp16", 20 * GIB, 1.0),
-    measured("fp16+vae_tiling", 12 * GIB, 2.0),
+    measured("fp16+vae_tiling", 12 * GIB, 2.5),
     measured("fp16+model_offload", 6 * GIB, 9.0),
 )
 

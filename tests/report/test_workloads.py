@@ -521,19 +521,28 @@ def frontier_of(*points: tuple[str, int, float | None]) -> list[str]:
     ("points", "expected"),
     [
         ([("a", 10, 2.0)], ["a"]),
-        ([("a", 10, 2.0), ("b", 5, 4.0)], ["b", "a"]),
+        ([("a", 10, 2.0), ("b", 5, 5.0)], ["b", "a"]),
         ([("a", 10, 2.0), ("b", 5, 2.0)], ["b"]),
         ([("a", 10, 2.0), ("b", 5, 1.0)], ["b"]),
         ([("a", 10, 2.0), ("b", 10, 3.0)], ["a"]),
         ([("a", 10, 2.0), ("b", 5, 2.0 * SAME_TIME)], ["b"]),
         ([("a", 10, 2.0), ("b", 5, 2.0 * SAME_TIME + 0.01)], ["b", "a"]),
-        ([("a", 10, 1.0), ("b", 8, 1.5), ("c", 6, 2.0)], ["c", "a"]),
+        ([("a", 10, 1.0), ("b", 8, 1.5), ("c", 6, 2.1)], ["c", "a"]),
         ([("a", 10, None), ("b", 5, 4.0)], ["b"]),
         ([], []),
     ],
 )
 def test_frontier(points: list[tuple[str, int, float | None]], expected: list[str]) -> None:
     assert (frontier_of(*points) if points else names(frontier([]))) == expected
+
+
+@pytest.mark.parametrize(("lag_s", "expected"), [(0.5, ["b", "a"]), (0.01, ["b"]), (None, ["b"])])
+def test_times_that_the_gpu_decides_are_told_apart(lag_s: float | None, expected: list[str]) -> None:
+    time = {"gpu_lag_s": lag_s, "step_s": 0.5}
+    records = (
+        measured(name, need * GIB, seconds, time=time) for name, need, seconds in [("a", 10, 2.0), ("b", 5, 2.4)]
+    )
+    assert names(frontier(choices(*records))) == expected
 
 
 def test_estimates_and_idle_flags_are_not_on_the_frontier() -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.drawing import COLOURS, DASHES, FAINT, HATCHES, INK, MARKERS, PAPER, png, short, style, svg
 from pytest_vram.report.verdicts import WORDS, best
-from pytest_vram.report.workloads import DTYPES, SAME_TIME, Choice, Evidence, Workload, baseline, frontier
+from pytest_vram.report.workloads import (
+    DTYPES,
+    SAME_GPU_TIME,
+    SAME_TIME,
+    Choice,
+    Evidence,
+    Workload,
+    baseline,
+    frontier,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -273,7 +282,7 @@ CHARTS: tuple[tuple[Callable[[Facts], "Figure | None"], str, str], ...] = (
         frontiers,
         "Memory and time",
         "Each point is a set, the circle the plain dtype. The line joins those that are more than "
-        f"{SAME_TIME:g} times faster than all that require less.",
+        f"{SAME_GPU_TIME:g} times faster than all that require less; {SAME_TIME:g} times where the host's CPU decides.",
     ),
     (phases, "Phases", "Where the memory peaks, and where the time goes."),
     (estimates, "Estimate and measurement", "The need as simulated with no GPU, against the need that was searched."),
@@ -442,8 +451,9 @@ def _frontier_panel(axes: "Axes", choices: Sequence[Choice]) -> None:
 
 
 def _full_length_phases(choice: Choice) -> dict[str, float]:
-    """Seconds of each phase of a call with the native number of steps; the load is none of them."""
-    seconds = {str(name): cost.time_s or 0.0 for name, cost in choice.record.phases.items() if name != "load"}
+    """Seconds of each phase of a call with the native number of steps; load and compilation are none of them."""
+    costs = choice.record.phases.items()
+    seconds = {str(name): cost.time_s or 0.0 for name, cost in costs if name not in ("load", "compile")}
     full = choice.record.time.full_length_s
     if full and "denoise" in seconds:
         seconds["denoise"] = max(0.0, full - sum(s for name, s in seconds.items() if name != "denoise"))

@@ -14,7 +14,7 @@ from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.text import display_name, gib, seconds, signed
 from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, WORDS, Verdict, best, largest, minimum, recommended
-from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, against, frontier, lead
+from pytest_vram.report.workloads import SAME_GPU_TIME, SAME_TIME, Choice, Evidence, Workload, against, frontier, lead
 
 NOTHING = "–"
 LIKE_BYTES = 12 << 20  # cards whose usable memory is written with the same two digits
@@ -55,8 +55,9 @@ METHOD = {
     "Without CUDA (Radeon, Arc) only the memory is judged.",
     "Estimated": f"the need as simulated with no GPU; another {ESTIMATE_SHARE * 100:.0f} % of it must stay free.",
     "Seconds": "medians over all runs of the same software on such a GPU; the first run named is that of the memory. A "
-    f"call of the same differs by up to {SAME_TIME:g} times from run to run: of the sets that fit and are closer than "
-    "that to the fastest, the one with fewest flags is taken, then the one that requires least.",
+    f"call of the same differs by up to {SAME_TIME:g} times from run to run where the host's CPU decides, and by less "
+    f"than {SAME_GPU_TIME:g} where the GPU does: of the sets that fit and are closer than that to the fastest, the one "
+    "with fewest flags is taken, then the one that requires least.",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
     "Host, disk": "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in "
     "the dtype they run in, without what else a repository holds.",

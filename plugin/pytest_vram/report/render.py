@@ -16,7 +16,7 @@ from pytest_vram.report.cards import Card
 from pytest_vram.report.document import METHOD, Document, Table
 from pytest_vram.report.explorer import explorer
 from pytest_vram.report.text import code, markdown, printable
-from pytest_vram.report.workloads import SAME_TIME, gather
+from pytest_vram.report.workloads import SAME_GPU_TIME, SAME_TIME, gather
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,6 +149,7 @@ class Report:
             "refused": [f"{document.tags[run.path]}: {line}" for run in self.runs for line in run.refused],
             "method": METHOD,
             "same_time": f"{SAME_TIME:g}",
+            "same_gpu_time": f"{SAME_GPU_TIME:g}",
             "elsewhere_mib": document.elsewhere_mib,
             "runs": document.runs(),
         }

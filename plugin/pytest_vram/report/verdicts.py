@@ -24,7 +24,7 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, GpuKey, Workload, without_idle_flags
+from pytest_vram.report.workloads import Choice, Evidence, GpuKey, Workload, same_time, without_idle_flags
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
 ESTIMATE_SHARE = 0.10  # of a simulated need
@@ -101,7 +101,7 @@ def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
 
     What was measured on the card itself comes first, then each other GPU, the one that measured most before the others,
     then what was estimated. Of one of these, what fits comes before what fits tightly, and then the fastest wins. Of
-    those within `SAME_TIME` of the fastest the one with fewest flags is taken, then the one that requires least. A set
+    those within `same_time` of the fastest the one with fewest flags is taken, then the one that requires least. A set
     with a flag that was seen to change nothing stands back for the set without it. Where nothing runs, a choice for
     more of the same (a larger size or batch) is taken if that runs: it has room for this.
     """
@@ -158,8 +158,12 @@ def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
         moves = choice.moves if seconds(verdict) == float("inf") else 0  # where no time tells what an offload costs
         return moves, len(choice.flags), verdict.required_bytes or 0, seconds(verdict)
 
-    limit = SAME_TIME * min(map(seconds, verdicts))
-    return min((verdict for verdict in verdicts if seconds(verdict) <= limit), key=cost)
+    first = min(verdicts, key=seconds)
+
+    def as_fast(verdict: Verdict) -> bool:
+        return seconds(verdict) <= same_time(verdict.choice, first.choice) * seconds(first)
+
+    return min(filter(as_fast, verdicts), key=cost)
 
 
 def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
@@ -170,7 +174,7 @@ def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Ve
 def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
     """The verdict on the smallest card that runs the workload comfortably: it fits, and at full speed.
 
-    Full speed is within `SAME_TIME` of the fastest choice that any card runs, as timed on the same GPU. Of an estimate
+    Full speed is within `same_time` of the fastest choice that any card runs, as timed on the same GPU. Of an estimate
     there is no time: there it is a choice whose weights are all on the GPU.
     """
 
@@ -179,14 +183,15 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
             return False
         if verdict.call_s is None:
             return not verdict.choice.moves
-        return verdict.call_s <= SAME_TIME * fastest.get(verdict.choice.gpu_key, verdict.call_s)
+        first = fastest.get(verdict.choice.gpu_key, verdict.choice)
+        return verdict.call_s <= same_time(verdict.choice, first) * (first.call_s or verdict.call_s)
 
-    fastest: dict[GpuKey, float] = {}  # by GPU: times of two GPUs say nothing of each other
+    fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
     for choices in evidence.by_gpu(workload):
         for choice in without_idle_flags(choices):
             if choice.call_s is not None and any(judge(choice, card).runs for card in cards):
                 key = choice.gpu_key
-                fastest[key] = min(choice.call_s, fastest.get(key, choice.call_s))
+                fastest[key] = min(choice, fastest.get(key, choice), key=lambda one: one.call_s or 0)
     return _smallest(cards, lambda card: best(workload, card, evidence), comfortable)
 
 
