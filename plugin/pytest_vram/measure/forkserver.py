@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from pytest_vram.errors import StartError
 from pytest_vram.measure.channel import Channel, Closed, Message
+from pytest_vram.measure.preloading import cuda_untouched
 
 # Without it importing diffusers initialises CUDA, and no forked child can use the GPU any more.
 PRELOAD_ENVIRON = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -251,13 +252,9 @@ def serve(fd: int, preload: Sequence[str]) -> None:
     channel = Channel(sock)
     began = time.monotonic()
     try:
-        for name in preload:
-            module, _, attribute = name.partition(":")
-            imported = importlib.import_module(module)
-            if attribute.endswith("?"):  # whether it is there is somebody else's to say
-                getattr(imported, attribute.removesuffix("?"), None)
-            elif attribute:
-                getattr(imported, attribute)
+        with cuda_untouched() if preload else contextlib.nullcontext():
+            for name in preload:
+                _import(name)
     except BaseException as error:  # whatever an import raises is the answer
         traceback.print_exc()
         channel.send({"error": f"{type(error).__name__}: {error}"})
@@ -266,6 +263,15 @@ def serve(fd: int, preload: Sequence[str]) -> None:
     gc.freeze()
     channel.send({"ready": True, "seconds": time.monotonic() - began})
     _Server(sock, channel).run()
+
+
+def _import(name: str) -> None:
+    module, _, attribute = name.partition(":")
+    imported = importlib.import_module(module)
+    if attribute.endswith("?"):  # whether it is there is somebody else's to say
+        getattr(imported, attribute.removesuffix("?"), None)
+    elif attribute:
+        getattr(imported, attribute)
 
 
 class _Server:

@@ -100,6 +100,11 @@ class Gpu:
         info = _read(pynvml.nvmlDeviceGetMemoryInfo, self._handle, **self._memory)
         return None if info is None else int(info.total)
 
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Its major and minor version."""
+        found = _read(pynvml.nvmlDeviceGetCudaComputeCapability, self._handle)
+        return None if found is None else (int(found[0]), int(found[1]))
+
     def processes(self) -> dict[int, int | None]:
         """Bytes by pid of the processes that compute here; None where the driver does not say how much."""
         found = _read(pynvml.nvmlDeviceGetComputeRunningProcesses, self._handle) or []
