@@ -293,25 +293,24 @@ class QuantoInt8(_Quantized):
 
 class _Gguf(_Quantized):
     """In the blocks of a GGUF checkpoint, which diffusers' GGUFLinear takes apart at each call. They are made here, on
-    the GPU, from whatever weights there are; a checkpoint's own may be chosen better, and take the same memory. Layers
-    whose inputs are no multiple of a block stay as they are."""
+    the GPU, from whatever weights there are; a checkpoint's own may be chosen better, and take the same memory."""
 
     package = "gguf"
-    kind: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]  # a layer gets the first whose blocks divide its inputs; without one it stays
 
     def load(self) -> None:
         import gguf
         from diffusers.quantizers.gguf.utils import GGUFLinear
 
-        self._kind, self._linear = gguf.GGMLQuantizationType[self.kind], GGUFLinear
-        self._block, self._block_bytes = gguf.GGML_QUANT_SIZES[self._kind]
+        self._linear = GGUFLinear
+        types = [gguf.GGMLQuantizationType[kind] for kind in self.kinds]
+        self._sizes = {kind: gguf.GGML_QUANT_SIZES[kind] for kind in types}
 
-    def pack(self, blocks: "torch.Tensor") -> "list[torch.Tensor]":
-        """The parts of each block, in float32, one after the other."""
-        raise NotImplementedError
+    def _kind(self, linear: Any) -> Any:
+        return next((kind for kind, (elements, _) in self._sizes.items() if linear.in_features % elements == 0), None)
 
     def replace(self, linear: "torch.nn.Linear", dtype: "torch.dtype") -> Any:
-        if linear.in_features % self._block:
+        if self._kind(linear) is None:
             return None
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         return _in_place_of(linear, self._linear(*sizes, compute_dtype=dtype, device="meta"))
@@ -320,48 +319,66 @@ class _Gguf(_Quantized):
         import torch
         from diffusers.quantizers.gguf.utils import GGUFParameter
 
-        blocks = layer.weight.data.view(-1, self._block)
-        packed = torch.empty(len(blocks), self._block_bytes, dtype=torch.uint8, device=blocks.device)
-        some = GGUF_ELEMENTS // self._block
+        kind = self._kind(layer)
+        elements, size = self._sizes[kind]
+        blocks = layer.weight.data.view(-1, elements)
+        packed = torch.empty(len(blocks), size, dtype=torch.uint8, device=blocks.device)
+        some = GGUF_ELEMENTS // elements
         for source, target in zip(blocks.split(some), packed.split(some), strict=True):
-            target.copy_(torch.cat([part.view(torch.uint8) for part in self.pack(source.float())], dim=1))
-        layer.weight = GGUFParameter(packed.view(layer.out_features, -1), quant_type=self._kind)
+            target.copy_(torch.cat([part.view(torch.uint8) for part in _PACK[kind.name](source.float())], dim=1))
+        layer.weight = GGUFParameter(packed.view(layer.out_features, -1), quant_type=kind)
 
 
 class GgufQ80(_Gguf):
     name = "gguf_q8_0"
     summary = "the weights of the denoiser's linear layers in GGUF's Q8_0, taken apart layer by layer by diffusers"
-    kind = "Q8_0"
-
-    def pack(self, blocks: "torch.Tensor") -> "list[torch.Tensor]":
-        """A float16 scale and 32 int8, as in `gguf.quants.Q8_0`."""
-        import torch
-
-        scale = blocks.abs().amax(1, keepdim=True) / 127
-        return [scale.half(), _ratio(blocks, scale).round().to(torch.int8)]
+    kinds = ("Q8_0",)
 
 
 class GgufQ4K(_Gguf):
     name = "gguf_q4_k"
     summary = "the weights of the denoiser's linear layers in GGUF's Q4_K, taken apart layer by layer by diffusers"
-    kind = "Q4_K"
+    kinds = ("Q4_K", "Q5_0")  # the second where rows are no multiple of 256, as llama.cpp's quantizer falls back
 
-    def pack(self, blocks: "torch.Tensor") -> "list[torch.Tensor]":
-        """Two float16, by which 8 scales and 8 minima of 6 bits are multiplied, and 256 numbers of 4 bits: the reverse
-        of `gguf.quants.Q4_K.dequantize_blocks`."""
-        import torch
 
-        parts = blocks.view(-1, 8, 32)
-        minima = -parts.amin(2).clamp(max=0)
-        scales = (parts.amax(2) + minima) / 15
-        units = [(of.amax(1, keepdim=True) / 63).half() for of in (scales, minima)]
-        s, m = (_ratio(of, unit.float()).round().clamp(0, 63) for of, unit in zip((scales, minima), units, strict=True))
-        shifted = parts + (m * units[1]).unsqueeze(2)
-        q = _ratio(shifted, (s * units[0]).unsqueeze(2)).round().clamp(0, 15).to(torch.uint8)
-        s, m = s.to(torch.uint8), m.to(torch.uint8)
-        high = [of[:, :4] | (of[:, 4:] >> 4) << 6 for of in (s, m)]
-        low = (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4
-        return [*units, *high, low, (q[:, ::2] | q[:, 1::2] << 4).flatten(1)]
+def _q8_0(blocks: "torch.Tensor") -> "list[torch.Tensor]":
+    """A float16 scale and 32 int8, as `gguf.quants.Q8_0` has them."""
+    import torch
+
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    return [scale.half(), _ratio(blocks, scale).round().to(torch.int8)]
+
+
+def _q5_0(blocks: "torch.Tensor") -> "list[torch.Tensor]":
+    """A float16 scale, the high bits of 32 numbers of 5 bits, and their low ones, as `gguf.quants.Q5_0` has them."""
+    import torch
+
+    scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -16
+    numbers = (_ratio(blocks, scale) + 16.5).clamp(0, 31).to(torch.uint8)
+    high = (numbers >> 4).view(-1, 4, 8) << torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    low = numbers & 15
+    return [scale.half(), high.sum(2, dtype=torch.uint8), low[:, :16] | low[:, 16:] << 4]
+
+
+def _q4_k(blocks: "torch.Tensor") -> "list[torch.Tensor]":
+    """Two float16, by which 8 scales and 8 minima of 6 bits are multiplied, and 256 numbers of 4 bits: the reverse of
+    `gguf.quants.Q4_K.dequantize_blocks`."""
+    import torch
+
+    parts = blocks.view(-1, 8, 32)
+    minima = -parts.amin(2).clamp(max=0)
+    scales = (parts.amax(2) + minima) / 15
+    units = [(of.amax(1, keepdim=True) / 63).half() for of in (scales, minima)]
+    s, m = (_ratio(of, unit.float()).round().clamp(0, 63) for of, unit in zip((scales, minima), units, strict=True))
+    shifted = parts + (m * units[1]).unsqueeze(2)
+    numbers = _ratio(shifted, (s * units[0]).unsqueeze(2)).round().clamp(0, 15).to(torch.uint8)
+    s, m = s.to(torch.uint8), m.to(torch.uint8)
+    high = [of[:, :4] | (of[:, 4:] >> 4) << 6 for of in (s, m)]
+    low = (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4
+    return [*units, *high, low, (numbers[:, ::2] | numbers[:, 1::2] << 4).flatten(1)]
+
+
+_PACK = {"Q8_0": _q8_0, "Q5_0": _q5_0, "Q4_K": _q4_k}  # each block's parts, of blocks in float32, in their order
 
 
 def _ratio(number: "torch.Tensor", unit: "torch.Tensor") -> "torch.Tensor":
