@@ -290,6 +290,15 @@ def test_times_are_medians_of_the_rounds(cuda: Stage) -> None:
     assert (time.full_length_steps, time.cold_s, time.rounds_discarded) == (25, 2.0, 0)
 
 
+def test_compilation_is_a_phase_and_within_the_rounds_a_disturbance(cuda: Stage) -> None:
+    assert "compile" not in cuda.measure(done={"compile_s": 0.0, "compiled_again_s": 0.0}).phases
+    peaks = {"load": 300 * MIB, "compile": 600 * MIB, "denoise": 500 * MIB}
+    record = cuda.measure(done={"compile_s": 40.0, "compiled_again_s": 2.5, "phase_peaks": peaks})
+    assert record.phases["compile"] == PhaseCost(time_s=40.0, allocated_peak_bytes=600 * MIB)
+    assert record.phases["denoise"].allocated_peak_bytes == 500 * MIB
+    assert record.disturbed == "torch.compile compiled again within the rounds, for 2.5 s"
+
+
 def test_what_a_worker_does_not_know_of_its_calls_is_left_out(cuda: Stage) -> None:
     record = cuda.measure(done={"images": None, "native_denoiser_calls": None, "native_steps": None})
     assert record.time.median_s == pytest.approx(1.0)
@@ -327,6 +336,19 @@ def test_files_of_weights_have_a_folder_that_goes_with_their_worker(cuda: Stage)
     assert not any(folder.exists() for folder in folders)
     cuda.measure()
     assert OFFLOAD_FOLDER not in cuda.starter.environs[-1]
+
+
+def test_workers_of_a_case_share_a_cache_of_compiled_code_that_goes_with_it(cuda: Stage) -> None:
+    folders = []
+    for _ in range(2):
+        before = len(cuda.starter.environs)
+        cuda.measure(settings={"workers": 2})
+        environs = cuda.starter.environs[before:]
+        [folder] = {Path(environ["TORCHINDUCTOR_CACHE_DIR"]) for environ in environs}
+        assert {Path(environ["TRITON_CACHE_DIR"]).parent for environ in environs} == {folder}
+        assert not folder.exists()
+        folders.append(folder)
+    assert folders[0] != folders[1]
 
 
 @pytest.mark.parametrize("need", [False, True])

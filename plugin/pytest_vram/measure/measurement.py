@@ -79,8 +79,16 @@ def measure(
     common: dict[str, Any] = {"id": case.id, "case": case, "method": "measured"}
     if reason := impossible(case.optimizations, machine.device, getattr(case, "weights", "pretrained")):
         return skipped(reason, common)
+    with TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True) as caches:
+        measurer = CaseWorkers(case, job, machine, settings, say, Path(caches))
+        return _measured(measurer, estimated, references, common)
+
+
+def _measured(
+    measurer: "CaseWorkers", estimated: Estimated | None, references: References | None, common: dict[str, Any]
+) -> Record:
+    case, machine = measurer.case, measurer.machine
     began = time.monotonic()
-    measurer = CaseWorkers(case, job, machine, settings, say)
     try:
         against, no_reference = measurer.compare(references)
         runs = measurer.rounds()
@@ -113,10 +121,22 @@ def measure(
 
 
 class CaseWorkers:
-    """The workers of one case, one after the other."""
+    """The workers of one case, one after the other.
 
-    def __init__(self, case: AnyCase, job: Message, machine: Machine, settings: Settings, say: Say) -> None:
-        self.case, self.machine, self.settings, self.say = case, machine, settings, say
+    What torch.compile makes they keep in the folder `caches`, empty at first: the first worker compiles, whatever
+    the user has compiled before, and those after it, such as probes, find it there. None leaves it to the environment.
+    """
+
+    def __init__(
+        self,
+        case: AnyCase,
+        job: Message,
+        machine: Machine,
+        settings: Settings,
+        say: Say,
+        caches: Path | None = None,
+    ) -> None:
+        self.case, self.machine, self.settings, self.say, self.caches = case, machine, settings, say, caches
         self.probes = 0
         self._room = 0
         self._swallows: bool | None = None  # whether the pipeline is known to turn an out-of-memory into another error
@@ -233,6 +253,8 @@ class CaseWorkers:
         for optimization in optimizations:
             environ |= optimization.environ
         environ |= self.job.get("environ", {})
+        if self.caches:
+            environ |= {"TORCHINDUCTOR_CACHE_DIR": str(self.caches), "TRITON_CACHE_DIR": str(self.caches / "triton")}
         if not any(optimization.on_disk for optimization in optimizations):
             return self._run(environ, cap, job)
         with TemporaryDirectory(prefix="pytest-vram-") as folder:  # this process outlives a worker that is killed

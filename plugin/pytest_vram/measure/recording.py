@@ -235,6 +235,8 @@ def _phases(runs: list[WorkerRun]) -> dict[str, PhaseCost]:
         peaks = [run.outcome.get("phase_peaks", {}).get(name, 0) for run in runs]
         if name == "load":
             times = [run.outcome["load_s"] for run in runs if "load_s" in run.outcome]
+        elif name == "compile":  # by the first worker, for all of them
+            times = [seconds for run in runs[:1] if (seconds := run.outcome.get("compile_s"))]
         else:
             times = [r[name] for r in rounds if name in r]
         if times or any(peaks):
@@ -279,7 +281,9 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
 
 
 def _disturbed(runs: list[WorkerRun]) -> str | None:
-    others = sorted({pid for run in runs for pid in run.sampler.others})
-    if not others:
-        return None
-    return f"other processes used the GPU meanwhile (pid {', '.join(str(pid) for pid in others)})"
+    reasons = []
+    if others := sorted({pid for run in runs for pid in run.sampler.others}):
+        reasons.append(f"other processes used the GPU meanwhile (pid {', '.join(str(pid) for pid in others)})")
+    if again_s := sum(run.outcome.get("compiled_again_s", 0.0) for run in runs):
+        reasons.append(f"torch.compile compiled again within the rounds, for {again_s:.1f} s")
+    return "; ".join(reasons) or None

@@ -27,7 +27,8 @@ NOT_SEARCHED = "not searched (--vram-no-need)"  # why a record has no need, wher
 ABNORMAL = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
 
 Status = Literal["ok", "oom", "error", "timeout", "skipped"]
-Phase = Literal["load", "encode", "denoise", "decode", "call"]  # call: of a pipeline with no such parts
+# compile: the first call, where torch.compile was at work in it; call: of a pipeline with no such parts
+Phase = Literal["load", "compile", "encode", "denoise", "decode", "call"]
 Bytes = Annotated[int, Field(strict=True, gt=0, lt=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, lt=1e7, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 50)]
@@ -64,7 +65,11 @@ class Memory(_Part):
 
 
 class PhaseCost(_Part):
-    """One phase: its seconds (the median of the rounds; the load happens once) and its allocated peak."""
+    """One phase: its seconds (the median of the rounds; load and compile happen once) and its allocated peak.
+
+    Of `compile` the seconds are those that torch.compile itself took, with an empty cache, and the peak is that of all
+    of the call that it was in; the peaks of `encode`, `denoise` and `decode` are then those of later calls.
+    """
 
     time_s: float | None = Field(default=None, ge=0, lt=1e7)
     allocated_peak_bytes: Bytes | None = None

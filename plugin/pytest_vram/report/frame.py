@@ -13,7 +13,7 @@ from pytest_vram.records.schema import Memory, Phase, Record
 if TYPE_CHECKING:
     import pandas as pd
 
-PHASES: tuple[Phase, ...] = ("load", "encode", "denoise", "decode", "call")
+PHASES: tuple[Phase, ...] = ("load", "compile", "encode", "denoise", "decode", "call")
 
 TEXT, WHOLE, REAL, FLAG, WHEN = "string", "Int64", "Float64", "boolean", "datetime64[us, UTC]"
 

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_vram.errors import unknown
-from pytest_vram.pipelines.optimizations import arithmetic, attention, caches, encoders, memory, quantization, vae
+from pytest_vram.pipelines.optimizations import (
+    arithmetic,
+    attention,
+    caches,
+    compiling,
+    encoders,
+    memory,
+    quantization,
+    vae,
+)
 from pytest_vram.pipelines.optimizations.base import Optimization
 
 if TYPE_CHECKING:
@@ -32,6 +41,8 @@ _REGISTRY: tuple[Optimization, ...] = (
     arithmetic.ChannelsLast(),
     arithmetic.FusedQkv(),
     arithmetic.Tf32(),
+    compiling.Compile(),
+    compiling.CompileBlocks(),
     quantization.LayerwiseCasting(),
     quantization.Int8WeightOnly(),
     quantization.Fp8WeightOnly(),
