@@ -86,21 +86,15 @@ class _Quantized(Optimization):
         return quantize
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
+        """That each network ran with quantized layers. It asks no layer: a compiled one would be compiled again."""
         networks = denoisers(pipe, denoiser)
-        used: set[int] = set()
-
-        def watched(number: int, layer: Any) -> None:
-            def note(*_: Any) -> None:
-                used.add(number)
-                hook.remove()
-
-            hook = layer.register_forward_hook(note)
-
-        for number, network in enumerate(networks):
-            for layer in network.modules():
-                if _is_quantized(getattr(layer, "weight", None)):
-                    watched(number, layer)
-        return lambda: len(used) == len(networks)
+        ran: set[int] = set()
+        for network in networks:
+            network.register_forward_hook(lambda network, *_: ran.add(id(network)))
+        return lambda: all(
+            id(network) in ran and any(_is_quantized(getattr(layer, "weight", None)) for layer in network.modules())
+            for network in networks
+        )
 
 
 def _is_quantized(weight: Any) -> bool:
