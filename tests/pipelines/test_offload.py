@@ -30,6 +30,8 @@ EMPTIED = (0, "empty_cache")
 class Log:
     """A recorder that notes what it is told, by the names of the tensors."""
 
+    gpu = 0
+
     def __init__(self, network: torch.nn.Module) -> None:
         self.names = {id(tensor): name for name, tensor in (*network.named_parameters(), *network.named_buffers())}
         self.lines: list[str] = []

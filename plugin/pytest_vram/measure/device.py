@@ -18,18 +18,19 @@ class Device(Protocol):
     def take_peak(self) -> int | None:
         """The allocated peak in bytes since the last call of this method."""
 
-    def totals(self) -> dict[str, int | None]: ...
+    def totals(self) -> dict[str, Any]:
+        """Bytes; of several GPUs the highest, and under `gpus` those of each."""
 
     def out_of_memory_errors(self) -> int: ...
 
 
 class Cuda:
-    """Time by CUDA events, memory by PyTorch's allocator."""
+    """Time by CUDA events on the first GPU, memory by PyTorch's allocator on all that it uses."""
 
     name = "cuda"
 
-    def __init__(self) -> None:
-        self._allocated_peak = self._reserved_peak = 0
+    def __init__(self, gpus: int = 1) -> None:
+        self._allocated_peaks, self._reserved_peaks = [0] * gpus, [0] * gpus
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -40,27 +41,43 @@ class Cuda:
         return float(begin.elapsed_time(end)) / 1000
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize()
+        for gpu in self._gpus():
+            torch.cuda.synchronize(gpu)
 
     def take_peak(self) -> int | None:
-        stats = torch.cuda.memory_stats()
-        peak = stats.get("allocated_bytes.all.peak", 0)
-        self._allocated_peak = max(self._allocated_peak, peak)
-        self._reserved_peak = max(self._reserved_peak, stats.get("reserved_bytes.all.peak", 0))
-        torch.cuda.reset_peak_memory_stats()
-        return peak or None
+        highest = 0
+        for gpu in self._gpus():
+            stats = torch.cuda.memory_stats(gpu)
+            peak = stats.get("allocated_bytes.all.peak", 0)
+            highest = max(highest, peak)
+            self._allocated_peaks[gpu] = max(self._allocated_peaks[gpu], peak)
+            reserved = stats.get("reserved_bytes.all.peak", 0)
+            self._reserved_peaks[gpu] = max(self._reserved_peaks[gpu], reserved)
+            torch.cuda.reset_peak_memory_stats(gpu)
+        return highest or None
 
-    def totals(self) -> dict[str, int | None]:
+    def totals(self) -> dict[str, Any]:
         self.take_peak()
-        return {
-            "allocated_peak_bytes": self._allocated_peak or None,
-            "reserved_peak_bytes": self._reserved_peak or None,
-            "reserved_bytes": torch.cuda.memory_reserved(),
-            "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries"),
-        }
+        retries = [torch.cuda.memory_stats(gpu).get("num_alloc_retries") for gpu in self._gpus()]
+        each = [
+            {
+                "allocated_peak_bytes": self._allocated_peaks[gpu] or None,
+                "reserved_peak_bytes": self._reserved_peaks[gpu] or None,
+                "reserved_bytes": torch.cuda.memory_reserved(gpu),
+                "alloc_retries": retries[gpu],
+            }
+            for gpu in self._gpus()
+        ]
+        if len(each) == 1:
+            return each[0]
+        highest = {name: max(gpu[name] or 0 for gpu in each) or None for name in each[0]}
+        return {**highest, "alloc_retries": sum(filter(None, retries)), "gpus": each}
 
     def out_of_memory_errors(self) -> int:
-        return int(torch.cuda.memory_stats().get("num_ooms", 0))
+        return sum(int(torch.cuda.memory_stats(gpu).get("num_ooms", 0)) for gpu in self._gpus())
+
+    def _gpus(self) -> range:
+        return range(len(self._allocated_peaks))
 
 
 class Cpu:
@@ -80,13 +97,13 @@ class Cpu:
     def take_peak(self) -> int | None:
         return None
 
-    def totals(self) -> dict[str, int | None]:
+    def totals(self) -> dict[str, Any]:
         return {}
 
     def out_of_memory_errors(self) -> int:
         return 0
 
 
-def device_of(name: str) -> Device:
-    """The counters of `cuda` or `cpu`."""
-    return Cuda() if name == "cuda" else Cpu()
+def device_of(name: str, gpus: int = 1) -> Device:
+    """The counters of `cuda`, on the first so many GPUs, or `cpu`."""
+    return Cuda(gpus) if name == "cuda" else Cpu()

@@ -18,7 +18,7 @@ from pytest_vram.measure.forkserver import Starter, Worker
 from pytest_vram.measure.job import job_of
 from pytest_vram.measure.recording import skipped
 from pytest_vram.pipelines.optimizations import impossible
-from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Failure, Memory, PhaseCost, Record, Wall
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Failure, GpuMemory, Memory, PhaseCost, Record, Wall
 
 ESTIMATE = "pytest_vram.measure.probes:estimate"
 MOST_WORKERS = 16
@@ -152,6 +152,7 @@ def estimated_record(case: Case, outcome: Message, seconds: float) -> Record:
     return Record(
         status="oom" if too_much else "ok",
         memory=memory,
+        gpus=[_estimated_gpu(gpu) for gpu in outcome.get("gpus", [])],
         phases={name: PhaseCost(allocated_peak_bytes=peak or None) for name, peak in outcome["phases"].items()},
         effects=outcome["effects"],
         failure=too_much,
@@ -179,4 +180,18 @@ def with_estimate(record: Record, outcome: Message) -> Record:
             "estimated_allocated_peak_bytes": outcome["allocated_peak"],
         }
     )
-    return record.model_copy(update={"memory": memory, "unavailable": unavailable})
+    gpus = [
+        gpu.model_copy(update={"estimated_need_bytes": its["need"]})
+        for gpu, its in zip(record.gpus, outcome.get("gpus", []), strict=False)
+    ]
+    return record.model_copy(update={"memory": memory, "gpus": gpus, "unavailable": unavailable})
+
+
+def _estimated_gpu(found: dict[str, int]) -> GpuMemory:
+    return GpuMemory(
+        allocated_peak_bytes=found["allocated_peak"],
+        reserved_peak_bytes=found["reserved_peak"],
+        need_bytes=found["need"],
+        estimated_need_bytes=found["need"],
+        required_bytes=found["need"] + ASSUMED_CONTEXT_BYTES,
+    )

@@ -38,7 +38,7 @@ class _Generation:
         self.job, self.reporter = job, reporter
         self.subject = subject_of(job)
         self.place: str = job["device"]
-        self.device = device_of(self.place)
+        self.device = device_of(self.place, job.get("gpus", 1))
         self.deadline = time.monotonic() + job["timeout_s"]
         self.phase = "load"
         self.peaks: dict[str, int] = {}
@@ -57,8 +57,9 @@ class _Generation:
                 torch.cuda.memory_stats()
                 answer = self.reporter.ask("context", reserved_bytes=torch.cuda.memory_reserved())
                 if answer["cap_bytes"] is not None:
-                    total = torch.cuda.get_device_properties(0).total_memory
-                    torch.cuda.set_per_process_memory_fraction(min(1.0, answer["cap_bytes"] / total))
+                    for gpu in answer["gpus"]:
+                        total = torch.cuda.get_device_properties(gpu).total_memory
+                        torch.cuda.set_per_process_memory_fraction(min(1.0, answer["cap_bytes"] / total), gpu)
             pipe = self.load()
             ooms = self.device.out_of_memory_errors()
             if self.job.get("probe"):
@@ -107,7 +108,7 @@ class _Generation:
         self.found["warmup_s"] = time.perf_counter() - began
         self.found["compile_s"] = compile_seconds() - compiled_s
         self.found["effects"] = {n: "applied" if seen() else "no_effect" for n, seen in self.seen.items()}
-        rounds = self.job["rounds"] or self.rounds_for(pilot_s)
+        rounds = _agreed(self.job["rounds"] or self.rounds_for(pilot_s))
         self.track_memory = False
         gc.collect()
         gc.freeze()  # what is alive now stays: later collections need not walk it
@@ -220,6 +221,15 @@ class _Generation:
             message=message,
             **{**self.totals(), **self.found},
         )
+
+
+def _agreed(rounds: int) -> int:
+    """What the first of the processes that run a pipeline together says."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rounds
+    said = [rounds]
+    torch.distributed.broadcast_object_list(said)
+    return said[0]
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -37,6 +37,8 @@ class Machine:
     starter: Starter
     facts: dict[str, Any] = field(default_factory=dict)
     gpu: nvml.Gpu | None = None
+    others: list[nvml.Gpu | None] = field(default_factory=list)  # the GPUs beside the first
+    uuids: list[str] = field(default_factory=list)
     memory_bytes: int | None = None
     context_bytes: int = ASSUMED_CONTEXT_BYTES
     cannot: dict[str, str] = field(default_factory=dict)
@@ -51,6 +53,11 @@ class Machine:
         while (used := self.gpu.used_bytes() or 0) > idle + SETTLED_BYTES and time.monotonic() < deadline:
             time.sleep(0.01)
         return used
+
+    @property
+    def gpus(self) -> list[nvml.Gpu | None]:
+        """All that torch sees, in its order; None where NVML does not know one."""
+        return [self.gpu, *self.others]
 
     def close(self) -> None:
         self.starter.close()
@@ -156,6 +163,8 @@ def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
         }
         with contextlib.suppress(nvml.NvmlUnavailable):
             machine.gpu = nvml.gpu_by_uuid(answer["uuid"])
+        machine.uuids = answer["uuids"]
+        machine.others = [_gpu(uuid) for uuid in machine.uuids[1:]]
         if machine.gpu is None:
             why = "NVML does not know this GPU"
             machine.cannot = {f"memory.{key}": why for key in ("nvml_process_peak_bytes", "nvml_device_peak_bytes")}
@@ -178,6 +187,12 @@ def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
     if held and held > answer["reserved_bytes"]:
         machine.context_bytes = held - answer["reserved_bytes"]
     return machine
+
+
+def _gpu(uuid: str) -> nvml.Gpu | None:
+    with contextlib.suppress(nvml.NvmlUnavailable):
+        return nvml.gpu_by_uuid(uuid)
+    return None
 
 
 def _idle_bytes(gpu: nvml.Gpu, gone: int) -> int | None:

@@ -1,7 +1,9 @@
 """One case measured in fresh workers: starts them, talks to them, samples NVML meanwhile, searches the need."""
 
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,10 +19,11 @@ from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
 from pytest_vram.measure.recording import WorkerRun, record_of, skipped, with_exactness, with_need, without_need
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
-from pytest_vram.pipelines.optimizations import chosen, impossible
+from pytest_vram.pipelines.optimizations import chosen, gpus_of, impossible
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
-from pytest_vram.records.schema import NOT_SEARCHED, Failure, Record, Wall
+from pytest_vram.records.schema import NOT_SEARCHED, Failure, GpuMemory, Record, Wall
 
+FOLLOW_S = 30.0  # until the workers beside the first have reported, too
 GENERATION = "pytest_vram.measure.generation:run"
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
@@ -77,7 +80,8 @@ def measure(
         CaseInterrupted: at Ctrl-C, with the record; the worker is gone then.
     """
     common: dict[str, Any] = {"id": case.id, "case": case, "method": "measured"}
-    if reason := impossible(case.optimizations, machine.device, getattr(case, "weights", "pretrained")):
+    weights = getattr(case, "weights", "pretrained")
+    if reason := impossible(case.optimizations, machine.device, weights, len(machine.gpus)):
         return skipped(reason, common)
     with TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True) as caches:
         measurer = CaseWorkers(case, job, machine, settings, say, Path(caches))
@@ -112,12 +116,12 @@ def _measured(
         return record.model_copy(update={"wall": record.wall.model_copy(update=wall)})
 
     try:
-        need = measurer.need(record, estimated)
+        needs = measurer.needs(record, estimated)
     except KeyboardInterrupt:
         raise CaseInterrupted(without_need(after_search(), SEARCH_INTERRUPTED)) from None
     except NoNeed as error:
         return without_need(after_search(), without_paths(str(error)))
-    return with_need(after_search(), need, machine)
+    return with_need(after_search(), needs, machine)
 
 
 class CaseWorkers:
@@ -137,8 +141,11 @@ class CaseWorkers:
         caches: Path | None = None,
     ) -> None:
         self.case, self.machine, self.settings, self.say, self.caches = case, machine, settings, say, caches
+        self.gpus = gpus_of(case.optimizations)
+        self.processes = any(optimization.processes for optimization in chosen(case.optimizations))
         self.probes = 0
         self._room = 0
+        self._capped = list(range(self.gpus))  # of the GPUs those whose allocator gets the cap
         self._swallows: bool | None = None  # whether the pipeline is known to turn an out-of-memory into another error
         self.job = {
             **job,
@@ -147,6 +154,7 @@ class CaseWorkers:
             "round_budget_s": settings.round_budget_s,
             "timeout_s": settings.timeout_s,
             "save_images": settings.save_images,
+            "gpus": 1 if self.processes else self.gpus,
         }
 
     def compare(self, references: References | None) -> tuple[Case | None, str]:
@@ -194,8 +202,9 @@ class CaseWorkers:
             run = self._worker(limit - self.machine.context_bytes)
         return run
 
-    def need(self, record: Record, estimated: Estimated | None) -> Need:
-        """Search the need with fresh workers.
+    def needs(self, record: Record, estimated: Estimated | None) -> list[Need]:
+        """Search the need with fresh workers: on each GPU that the case takes, while the others have room. Where each
+        has a process of its own they do the same, and are capped together.
 
         Raises:
             NoNeed: when it was not to be searched, or cannot be found.
@@ -209,12 +218,20 @@ class CaseWorkers:
             raise NoNeed(NOT_SEARCHED)
         if any(optimization.trained for optimization in chosen(self.case.optimizations)):
             raise NoNeed("a cache grows for more steps than a probe takes")
+        if self.gpus > 1 and not self.processes:
+            return [self._need_on(gpu, measured) for gpu, measured in enumerate(record.gpus)]
         guess, spread = memory.allocated_peak_bytes, ALLOCATED_SPREAD
         if estimated:  # what the estimate has wrong of the allocated peak it probably has wrong of the need
             guess = estimated.need * memory.allocated_peak_bytes // estimated.allocated_peak
             spread = ESTIMATE_SPREAD
         self._room = memory.reserved_peak_bytes
-        return search(self.probe, guess, spread, self._room)
+        return [search(self.probe, guess, spread, self._room)] * self.gpus
+
+    def _need_on(self, gpu: int, measured: GpuMemory) -> Need:
+        if not measured.allocated_peak_bytes or not measured.reserved_peak_bytes:
+            raise NoNeed(f"nothing was seen on GPU {gpu}")
+        self._capped, self._room = [gpu], measured.reserved_peak_bytes
+        return search(self.probe, measured.allocated_peak_bytes, ALLOCATED_SPREAD, self._room)
 
     def probe(self, cap: int | None) -> Probe:
         """Whether a fresh worker completes under a cap in bytes, or with all that the GPU has free.
@@ -255,34 +272,91 @@ class CaseWorkers:
         environ |= self.job.get("environ", {})
         if self.caches:
             environ |= {"TORCHINDUCTOR_CACHE_DIR": str(self.caches), "TRITON_CACHE_DIR": str(self.caches / "triton")}
+        if self.processes and gpus_of((subject or self.case).optimizations) > 1:
+            return self._run_together(environ, cap, job)
         if not any(optimization.on_disk for optimization in optimizations):
             return self._run(environ, cap, job)
         with TemporaryDirectory(prefix="pytest-vram-") as folder:  # this process outlives a worker that is killed
             return self._run({**environ, OFFLOAD_FOLDER: folder}, cap, job)
 
     def _run(self, environ: dict[str, str], cap: int | None, job: Message) -> WorkerRun:
-        machine, settings = self.machine, self.settings
-        interval_s = None if job else settings.interval_s  # what is not timed need not be sampled
-        sampler = Sampler(machine.gpu if interval_s else None, -1, machine.baseline())
-        began = time.monotonic()
-        try:
-            worker = machine.starter.start(settings.task, environ)
-        except StartError as error:
-            return WorkerRun({"event": "failed", "status": "error", "message": str(error)}, sampler)
-        sampler.pid = worker.pid
-        run = WorkerRun({}, sampler)
-        conversation = _Conversation(worker, run, interval_s, self.say, began, settings.timeout_s)
-        if job:
-            conversation.say = lambda _: None
+        """One worker, on as many GPUs as the case takes."""
+        conversation = self._begin(environ, range(self.job["gpus"]), job)
+        if isinstance(conversation, WorkerRun):
+            return conversation
+        worker, run = conversation.worker, conversation.run
         try:
             worker.channel.send({**self.job, **job})
-            conversation.hold(None if cap is None else max(1 << 20, cap))
+            conversation.hold(cap, self._capped)
         except Closed:
             conversation.fail("error", _died(worker, conversation.phase))
         finally:
             run.output_tail = worker.output_tail()
             worker.kill()
         return run
+
+    def _run_together(self, environ: dict[str, str], cap: int | None, job: Message) -> WorkerRun:
+        """A worker for each GPU, which run the pipeline together. What the first reports counts, and where another one
+        fails it fails too."""
+        uuids, port = self.machine.uuids, _free_port()
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.gpus)}
+        begun: list[_Conversation] = []
+        threads: list[threading.Thread] = []
+        try:
+            for rank in range(self.gpus):
+                visible = {"CUDA_VISIBLE_DEVICES": f"GPU-{uuids[rank]}", "RANK": str(rank), "LOCAL_RANK": "0"}
+                one = self._begin({**environ, **together, **visible}, [rank], job)
+                if isinstance(one, WorkerRun):
+                    return one
+                begun.append(one)
+            first, *others = begun
+            first.others = others
+            for other in others:
+                other.say = lambda _: None
+                only_first = dict.fromkeys(("keep_output", "compare_output", "save_images"))
+                threads.append(threading.Thread(target=other.follow, args=({**self.job, **job, **only_first}, cap)))
+                threads[-1].start()
+            try:
+                first.worker.channel.send({**self.job, **job})
+                first.hold(cap, [0])
+            except Closed:
+                first.fail("error", _died(first.worker, first.phase))
+            for thread in threads:
+                thread.join(FOLLOW_S if first.run.done else 0)
+            first.run.peers = [other.run for other in others if other.run.done]
+            return first.run
+        finally:
+            for one in begun:
+                one.run.output_tail = one.worker.output_tail()
+                one.worker.kill()
+            for thread in threads:
+                thread.join()
+
+    def _begin(self, environ: dict[str, str], gpus: Sequence[int], job: Message) -> "_Conversation | WorkerRun":
+        """A new worker that uses these GPUs; a failed run where none could be started."""
+        machine, settings = self.machine, self.settings
+        interval_s = None if job else settings.interval_s  # what is not timed need not be sampled
+        samplers = [
+            Sampler(machine.gpus[gpu] if interval_s else None, -1, machine.baseline() if gpu == 0 else self._used(gpu))
+            for gpu in gpus
+        ]
+        began = time.monotonic()
+        try:
+            worker = machine.starter.start(settings.task, environ)
+        except StartError as error:
+            return WorkerRun({"event": "failed", "status": "error", "message": str(error)}, samplers[0])
+        for sampler in samplers:
+            sampler.pid = worker.pid
+        first, *others = (WorkerRun({}, sampler) for sampler in samplers)
+        first.peers = others
+        conversation = _Conversation(worker, first, interval_s, self.say, began, settings.timeout_s)
+        if job:
+            conversation.say = lambda _: None
+        return conversation
+
+    def _used(self, gpu: int) -> int:
+        nvml_gpu = self.machine.gpus[gpu]
+        return (nvml_gpu.used_bytes() or 0) if nvml_gpu else 0
 
 
 class _Conversation:
@@ -296,21 +370,35 @@ class _Conversation:
         self.phase: str | None = "load"
         self.rounds: int | None = None
         self.found: Message = {}
+        self.others: list[_Conversation] = []  # with the workers that run the pipeline together with this one
 
-    def hold(self, cap: int | None) -> None:
-        """`cap` is for PyTorch's allocator, in bytes. Raises Closed when the worker dies."""
+    def follow(self, job: Message, cap: int | None) -> None:
+        """All of the conversation, in a thread of its own."""
+        try:
+            self.worker.channel.send(job)
+            self.hold(cap, [0])
+        except (Closed, OSError):
+            self.fail("error", "the process on another GPU ended")
+
+    def hold(self, cap: int | None, capped: Sequence[int]) -> None:
+        """`cap` is for PyTorch's allocator on the GPUs `capped`, in bytes. Raises Closed when the worker dies."""
         channel, sampler = self.worker.channel, self.run.sampler
         while not self.run.outcome:
             message = channel.receive(self.interval_s or 0.5)
             if self.interval_s:
                 sampler.sample(states=self.rounds is not None)
+                for peer in self.run.peers:
+                    peer.sampler.sample()
+            if lost := next((o.run for o in self.others if o.run.outcome and not o.run.done), None):
+                self.run.outcome = dict(lost.outcome)  # this one would wait for it
+                return
             if message is None:
                 if time.monotonic() > self.deadline:
                     self._time_out()
                 continue
             event = message["event"]
             if event == "context":
-                channel.send({"cap_bytes": cap})
+                channel.send({"cap_bytes": None if cap is None else max(1 << 20, cap), "gpus": list(capped)})
             elif event == "phase":
                 self.phase = message["phase"] if message["phase"] == "load" else None
                 self.say(message["phase"])
@@ -325,9 +413,12 @@ class _Conversation:
 
     def _finish(self, message: Message) -> None:
         """The worker waits, holding all it held: the moment to see what is outside the allocator."""
-        if self.interval_s:
-            self.run.sampler.sample()
-            self.run.context = self.run.sampler.held_outside(message.get("reserved_bytes") or 0)
+        first, *more = message.get("gpus") or [message]
+        for run, figures in zip((self.run, *self.run.peers), (first, *more), strict=False):
+            if self.interval_s:
+                run.sampler.sample()
+                run.context = run.sampler.held_outside(figures.get("reserved_bytes") or 0)
+            run.outcome = {"event": message["event"], **figures}
         self.run.outcome = message
 
     def _time_out(self) -> None:
@@ -343,6 +434,12 @@ class _Conversation:
             "phase": self.phase,
             "message": message,
         }
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def _died(worker: Worker, phase: str | None) -> str:

@@ -32,6 +32,7 @@ def canary(job: Message, reporter: Reporter) -> None:
         name=properties.name,
         memory_bytes=properties.total_memory,
         uuid=str(properties.uuid),
+        uuids=[str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(torch.cuda.device_count())],
         capability=f"{properties.major}.{properties.minor}",
         cuda=torch.version.cuda or torch.version.hip,
         cudnn=str(torch.backends.cudnn.version()),

@@ -1,6 +1,7 @@
 """From what the workers of a case reported to its record."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from pytest_vram.records.schema import (
     NVML_SLACK_BYTES,
     Exactness,
     Failure,
+    GpuMemory,
     Memory,
     Phase,
     PhaseCost,
@@ -41,10 +43,11 @@ NEED_FIELDS = (
 
 @dataclass
 class WorkerRun:
-    """What one worker reported."""
+    """What one worker reported. `peers` are the same for the other GPUs that the case takes."""
 
     outcome: Message
     sampler: Sampler
+    peers: "list[WorkerRun]" = field(default_factory=list)
     telemetry: list[RoundTelemetry] = field(default_factory=list)
     context: int | None = None
     output_tail: str = ""
@@ -79,6 +82,7 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
         **common,
         "status": "ok" if done else outcome["status"],
         "memory": memory,
+        "gpus": _gpus(runs[-1]),
         "phases": _phases(runs),
         "effects": outcome.get("effects", {}),
         "telemetry": Telemetry(rounds=[state for run in runs for state in run.telemetry]),
@@ -142,9 +146,10 @@ def with_exactness(record: Record, outcome: Message, against: Case | None, no_re
         return without(f"impossible figures: {error.errors()[0]['msg']}")
 
 
-def with_need(record: Record, need: Need, machine: Machine) -> Record:
-    """The record with what the search found; without it where that cannot be true."""
-    context = record.memory.context_bytes
+def with_need(record: Record, needs: Sequence[Need], machine: Machine) -> Record:
+    """The record with what the search found, on each GPU that the case takes; without it where that cannot be true."""
+    contexts = [gpu.context_bytes for gpu in record.gpus] or [record.memory.context_bytes]
+    need, context = max(zip(needs, contexts, strict=True), key=lambda pair: pair[0].bytes + (pair[1] or 0))
     at = need.at
     phase = {name: at.seconds.get(name, 0.0) for name in ("encode", "denoise", "decode", "call")}
     step = phase["denoise"] / max(1, at.denoiser_calls)
@@ -156,6 +161,8 @@ def with_need(record: Record, need: Need, machine: Machine) -> Record:
         "required_bytes": None if context is None else need.bytes + context,
         "at_need_alloc_retries": at.retries,
     }
+    for gpu, its, held in zip(found["gpus"], needs, contexts, strict=False):
+        gpu |= {"need_bytes": its.bytes, "required_bytes": None if held is None else its.bytes + held}
     found["need_phase"] = need.decided_by
     found["time"]["at_need_s"] = phase["encode"] + calls * step + phase["decode"] + phase["call"]
     if context is None:
@@ -186,13 +193,15 @@ def _memory(machine: Machine, runs: list[WorkerRun]) -> tuple[Memory, dict[str, 
         "energy_j_per_image": "not measured",
     }
 
+    every = [one for run in runs for one in (run, *run.peers)]
+
     def most(key: str) -> int | None:
-        return max((run.outcome.get(key) or 0 for run in runs), default=0) or None
+        return max((run.outcome.get(key) or 0 for run in every), default=0) or None
 
     reserved = most("reserved_peak_bytes")
-    process = max((run.sampler.process_peak or 0 for run in runs), default=0) or None
-    device = max((run.sampler.device_peak or 0 for run in runs), default=0) or None
-    context = max((run.context or 0 for run in runs), default=0) or None
+    process = max((run.sampler.process_peak or 0 for run in every), default=0) or None
+    device = max((run.sampler.device_peak or 0 for run in every), default=0) or None
+    context = max((run.context or 0 for run in every), default=0) or None
     if machine.device == "cpu":
         counted = ("allocated_peak_bytes", "reserved_peak_bytes", "alloc_retries")
         for key in (*counted, "nvml_process_peak_bytes", "nvml_device_peak_bytes"):
@@ -225,6 +234,22 @@ def _memory(machine: Machine, runs: list[WorkerRun]) -> tuple[Memory, dict[str, 
         if value is None and key != "estimated_allocated_peak_bytes":
             unavailable.setdefault(f"memory.{key}", missing)
     return memory, unavailable
+
+
+def _gpus(run: WorkerRun) -> list[GpuMemory]:
+    """What each GPU held, where the case takes several."""
+    if not run.peers:
+        return []
+    firsts = (run.outcome.get("gpus") or [run.outcome])[0]
+    return [
+        GpuMemory(
+            allocated_peak_bytes=figures.get("allocated_peak_bytes"),
+            reserved_peak_bytes=figures.get("reserved_peak_bytes"),
+            nvml_process_peak_bytes=one.sampler.process_peak,
+            context_bytes=one.context,
+        )
+        for one, figures in zip((run, *run.peers), (firsts, *(peer.outcome for peer in run.peers)), strict=True)
+    ]
 
 
 def _phases(runs: list[WorkerRun]) -> dict[str, PhaseCost]:

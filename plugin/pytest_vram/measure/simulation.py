@@ -1,7 +1,7 @@
 """The estimate: what a case would take on a GPU, with no GPU and no weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from pytest_vram.pipelines.build import (
     stored,
     weights_bytes,
 )
-from pytest_vram.pipelines.optimizations import chosen, torch_dtype
+from pytest_vram.pipelines.optimizations import chosen, gpus_of, torch_dtype
 from pytest_vram.pipelines.optimizations.memory import ExpandableSegments
 
 CALLS = 2  # after one call the need is up to 13 % too low: small tensors of the second split the first's blocks
@@ -39,15 +39,29 @@ class Estimate:
     need: int
     phases: dict[str, int]
     effects: dict[str, str]
+    gpus: list[dict[str, int]] = field(default_factory=list)
 
 
 def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
     """Call the real pipeline twice for two steps on meta tensors, and replay its allocations as a GPU of this compute
-    capability would make them.
+    capability would make them. Of several GPUs the figures are those of the one that needs most; `gpus` has each.
 
     Raises:
         UsageError: where diffusers or transformers lack a class that the model names.
     """
+    gpus = gpus_of(case.optimizations)
+    if gpus == 1:
+        return _on_gpu(model, case, capability, 0)
+    if any(optimization.processes for optimization in chosen(case.optimizations)):  # which do the same
+        found = [_on_gpu(model, case, capability, 0)] * gpus
+    else:
+        found = [_on_gpu(model, case, capability, gpu) for gpu in range(gpus)]
+    names = ("allocated_peak", "reserved_peak", "need")
+    each = [{name: getattr(estimate, name) for name in names} for estimate in found]
+    return replace(max(found, key=lambda estimate: estimate.need), gpus=each)
+
+
+def _on_gpu(model: Model, case: Case, capability: float, gpu: int) -> Estimate:
     dtype = torch_dtype(case.optimizations)
     optimizations = chosen(case.optimizations)
     offloaded = any(optimization.offloads for optimization in optimizations)
@@ -62,10 +76,11 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
             for module in modules_in_order(components):
                 for change in changes:
                     change(module)
-        with OneDevice(), Trace(capability) as trace:
+        with OneDevice(), Trace(capability, gpu) as trace:
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:
-                _arrive(components, changes, trace)
+                places = {name: at for o in optimizations for name, at in o.gpu_of(components).items()}
+                _arrive({n: part for n, part in components.items() if places.get(n, gpu) == gpu}, changes, trace)
             weights = weights_bytes(components)
             seen = {o.name: o.simulate(pipe, model.denoiser, trace) for o in optimizations}
             phases = Phases(pipe, model.denoiser, trace.enter, decoder=model.decoder)

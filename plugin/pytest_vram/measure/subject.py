@@ -25,7 +25,7 @@ from pytest_vram.pipelines.build import (
     random_pipeline,
     weights_bytes,
 )
-from pytest_vram.pipelines.optimizations import chosen, torch_dtype
+from pytest_vram.pipelines.optimizations import chosen, gpus_of, torch_dtype
 from pytest_vram.pipelines.optimizations.base import Seen
 
 
@@ -82,12 +82,12 @@ class SweepSubject:
         start = "cpu" if offloads else place
         torch.manual_seed(self.case.seed)
         if self.case.weights == "pretrained" and not self.probe:
-            pipe = pretrained_pipeline(self.model, dtype, start, self._prepare)
+            pipe = pretrained_pipeline(self.model, dtype, start, self._prepare, self._places)
         elif self.on_host:
             pipe = random_pipeline(self.model, dtype, "cpu", prepare=self._prepare).to(place)
         else:
             share = self.probe and not any(offload.on_disk for offload in offloads)
-            pipe = random_pipeline(self.model, dtype, start, share=share, prepare=self._prepare)
+            pipe = random_pipeline(self.model, dtype, start, share=share, prepare=self._prepare, places=self._places)
         parts = networks(pipe)
         self._weights = weights_bytes(parts)  # before an offload hides them
         for offload in offloads:
@@ -101,6 +101,10 @@ class SweepSubject:
         changes = [optimization.prepare(parts, self.model.denoiser) for optimization in self.optimizations]
         return [change for change in changes if change]
 
+    def _places(self, parts: Components) -> dict[str, str]:
+        found = [optimization.gpu_of(parts) for optimization in self.optimizations]
+        return {name: f"cuda:{gpu}" for places in found for name, gpu in places.items()}
+
     def weights(self, pipe: Any) -> int | None:
         return self._weights
 
@@ -112,6 +116,8 @@ class SweepSubject:
 
     def call(self, pipe: Any, place: str, steps: int | None = None) -> Any:
         case = self.case if steps is None else self.case.model_copy(update={"steps": steps})
+        if gpus_of(case.optimizations) > 1:
+            place = pipe._execution_device
         generator = torch.Generator(place).manual_seed(case.seed)
         return pipe(**call_arguments(pipe, case, generator))
 

@@ -93,10 +93,10 @@ def _with_strides_kept(func: Any, args: Any, out: Any) -> Any:
 class Trace(TorchDispatchMode):
     """Executes operators on meta and real tensors mixed, and records the births and deaths of storages as events."""
 
-    def __init__(self, capability: float = HOPPER) -> None:
-        """`capability` is the GPU's compute capability."""
+    def __init__(self, capability: float = HOPPER, gpu: int = 0) -> None:
+        """`capability` is the GPU's compute capability; `gpu` is which one it is, where a case takes several."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.capability = capability
+        self.capability, self.gpu = capability, gpu
         self._cublas_workspace = CUBLAS_WORKSPACE if capability >= HOPPER else OLDER_CUBLAS_WORKSPACE
         self.events: list[Event] = []
         self.count = self.live = self.peak = 0

@@ -1,6 +1,7 @@
 """Builds a diffusers pipeline from a model's architecture or from its trained weights, and says how to call it."""
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +28,8 @@ SHARED_STRIDE = 256  # elements between the beginnings of weights that share a s
 Components = dict[str, torch.nn.Module]
 Arrived = Callable[[torch.nn.Module], None]
 """Changes a module that has its weights."""
+Places = Callable[[Components], Mapping[str, str]]
+"""The devices of networks that are not where the others are."""
 Prepare = Callable[[Components], Sequence[Arrived]]
 """Changes networks that have none yet, or have them in host memory."""
 
@@ -281,21 +284,41 @@ def with_call_defaults(model: Model) -> Model:
 
 
 def random_pipeline(
-    model: Model, dtype: torch.dtype, device: str, *, share: bool = False, prepare: Prepare | None = None
+    model: Model,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    share: bool = False,
+    prepare: Prepare | None = None,
+    places: Places | None = None,
 ) -> Any:
-    """The pipeline with random weights, its networks on `device`; on the host they may `share` their storage.
+    """The pipeline with random weights, its networks on `device`, but for those with other `places`; on the host they
+    may `share` their storage. The weights of a network depend on its name and torch's seed alone.
 
     `prepare` changes the networks before they have weights.
     """
     components: Components = {name: build_component(part, dtype) for name, part in model.components.items()}
     arrived = prepare(components) if prepare else ()
-    noise = Noise(device, components.values(), share=share)
-    fill(components, noise, device, arrived)
+    where = places(components) if places else {}
+    noises = {at: Noise(at, components.values(), share=share) for at in {device, *where.values()}}
+    seed = torch.initial_seed()
+    for name in sorted(components):
+        torch.manual_seed(seed + zlib.crc32(name.encode()))
+        at = where.get(name, device)
+        fill({name: components[name]}, noises[at], at, arrived)
+    torch.manual_seed(seed)
     return assemble(model, components)
 
 
-def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str, prepare: Prepare | None = None) -> Any:
-    """The pipeline with its trained weights, from safetensors only and with no remote code, on `device`.
+def pretrained_pipeline(
+    model: Model,
+    dtype: torch.dtype,
+    device: str,
+    prepare: Prepare | None = None,
+    places: Places | None = None,
+) -> Any:
+    """The pipeline with its trained weights, from safetensors only and with no remote code, on `device`, but for
+    networks with other `places`.
 
     `prepare` changes the networks in host memory.
     """
@@ -315,7 +338,12 @@ def pretrained_pipeline(model: Model, dtype: torch.dtype, device: str, prepare: 
     for change in arrived:
         for module in modules_in_order(parts):
             change(module)
-    return pipe if device == "cpu" else pipe.to(device)
+    where = places(parts) if places else {}
+    if not where:
+        return pipe if device == "cpu" else pipe.to(device)
+    for name in sorted(parts):
+        parts[name].to(where.get(name, device))
+    return pipe
 
 
 def call_arguments(pipe: Any, case: Case, generator: torch.Generator | None) -> dict[str, Any]:

@@ -19,6 +19,8 @@ META = torch.device("meta")
 class Recorder(Protocol):
     """Where memory on the simulated GPU is taken and given back."""
 
+    gpu: int  # of those that a case takes, the one that is simulated
+
     def empty_cache(self) -> None: ...
 
     def host(self) -> AbstractContextManager[None]:

@@ -44,6 +44,8 @@ class _Part(BaseModel):
 class Memory(_Part):
     """Bytes. `*_peak` is the most ever held; need and required are defined in docs/architecture.md.
 
+    Where a case takes several GPUs these are the highest of any of them.
+
     `alloc_retries` is how often the allocator emptied its cache and asked again: in all calls with room, and
     `at_need_alloc_retries` in the second call under a cap of the need.
     """
@@ -62,6 +64,18 @@ class Memory(_Part):
     host_peak_bytes: Bytes | None = None
     alloc_retries: Count | None = None
     at_need_alloc_retries: Count | None = None
+
+
+class GpuMemory(_Part):
+    """Bytes on one of the GPUs that a case takes."""
+
+    allocated_peak_bytes: Bytes | None = None
+    reserved_peak_bytes: Bytes | None = None
+    nvml_process_peak_bytes: Bytes | None = None
+    context_bytes: Bytes | None = None
+    need_bytes: Bytes | None = None
+    required_bytes: Bytes | None = None
+    estimated_need_bytes: Bytes | None = None
 
 
 class PhaseCost(_Part):
@@ -159,6 +173,7 @@ class Record(_Part):
     reason: Text | None = None
     method: Literal["measured", "estimated"]
     memory: Memory = Memory()
+    gpus: list[GpuMemory] = Field(default=[], max_length=1024)  # empty where it takes one
     phases: dict[Phase, PhaseCost] = {}
     need_phase: Phase | None = None  # where a process with a little less than the need runs out of memory
     time: Time = Time()
@@ -216,7 +231,9 @@ def impossible_figures(record: Record) -> str | None:
     """
     memory = record.memory
     own = isinstance(record.case, OwnCase)  # which may offload unseen
-    offloaded = own or any("offload" in name or "encoders" in name for name in record.case.optimizations)
+    offloaded = own or any(
+        "offload" in name or "encoders" in name or "device_map" in name for name in record.case.optimizations
+    )
     tolerance = memory.need_tolerance_bytes or 0
     order = [
         ("weights_bytes", None if offloaded else memory.weights_bytes, "allocated_peak_bytes", 0),

@@ -24,7 +24,7 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.workloads import Choice, Evidence, GpuKey, Workload, same_time, without_idle_flags
+from pytest_vram.report.workloads import Choice, Evidence, GpuKey, Workload, for_one_gpu, same_time
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
 ESTIMATE_SHARE = 0.10  # of a simulated need
@@ -188,7 +188,7 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
 
     fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
     for choices in evidence.by_gpu(workload):
-        for choice in without_idle_flags(choices):
+        for choice in for_one_gpu(choices):
             if choice.call_s is not None and any(judge(choice, card).runs for card in cards):
                 key = choice.gpu_key
                 fastest[key] = min(choice, fastest.get(key, choice), key=lambda one: one.call_s or 0)

@@ -10,7 +10,8 @@ from pytest_vram.cases.case import Case, OwnCase
 from pytest_vram.cases.models import Model
 from pytest_vram.compare.timing import host_bound
 from pytest_vram.records.reading import ReadRun
-from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Record, Time
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, GpuMemory, Record, Time
+from pytest_vram.report.text import gib
 
 # How much the time of one case differs from run to run. Of the cases that results/ has several times and whose time the
 # host's CPU decides (small batches, offloads), nine in ten stay within a factor of 2.5 and half within 1.8; those where
@@ -186,9 +187,16 @@ class Choice:
         return tuple(name for name, effect in self.record.effects.items() if effect == "no_effect")
 
     @property
+    def gpus(self) -> Sequence[GpuMemory]:
+        """Of a set that takes several GPUs what each holds, else nothing."""
+        return self.record.gpus
+
+    @property
     def remark(self) -> str:
         """What a person should know before taking it."""
-        remarks = [f"no effect: {', '.join(self.no_effect)}"] if self.no_effect else []
+        each = " + ".join(gib(gpu.required_bytes) for gpu in self.gpus)
+        remarks = [f"{len(self.gpus)} GPUs: {each}"] if each else []
+        remarks += [f"no effect: {', '.join(self.no_effect)}"] if self.no_effect else []
         remarks += ["not exact"] if self.record.exact is False else []
         exactness = self.record.exactness
         if exactness and not exactness.claimed and exactness.psnr_db is not None:
@@ -276,10 +284,11 @@ class Evidence:
 
     @cached_property
     def _candidates(self) -> dict[Workload, list[list[Choice]]]:
-        return {w: [without_idle_flags(c) for c in (*self.by_gpu(w), self.estimated(w))] for w in self.choices}
+        return {w: [for_one_gpu(c) for c in (*self.by_gpu(w), self.estimated(w))] for w in self.choices}
 
     def candidates(self, workload: Workload) -> list[list[Choice]]:
-        """What may be taken: of each GPU, and of the estimates, the choices without flags that change nothing."""
+        """What may be taken for one card: of each GPU, and of the estimates, the choices without flags that change
+        nothing."""
         return self._candidates[workload]
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
@@ -410,6 +419,11 @@ def without_idle_flags(choices: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in choices if not idle(choice)]
 
 
+def for_one_gpu(choices: Sequence[Choice]) -> list[Choice]:
+    """Those that take one GPU, without idle flags."""
+    return [choice for choice in without_idle_flags(choices) if not choice.gpus]
+
+
 def same_time(*choices: Choice) -> float:
     """The factor by which the times of these may differ and say nothing."""
     return SAME_GPU_TIME if all(host_bound(choice.record) is False for choice in choices) else SAME_TIME
@@ -419,7 +433,7 @@ def frontier(choices: Sequence[Choice]) -> list[Choice]:
     """Those that buy something, least memory first: each is faster than all that require less, by more than identical
     work was seen to differ."""
     found: list[Choice] = []
-    figures = [(c.required_bytes, c.call_s, c) for c in without_idle_flags(choices) if not c.estimated]
+    figures = [(c.required_bytes, c.call_s, c) for c in for_one_gpu(choices) if not c.estimated]
     known = [(required, seconds, c) for required, seconds, c in figures if required and seconds]
     for _, seconds, choice in sorted(known, key=lambda known: known[:2]):
         if not found or seconds * same_time(choice, found[-1]) < (found[-1].call_s or 0):

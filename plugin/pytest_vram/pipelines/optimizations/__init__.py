@@ -15,6 +15,7 @@ from pytest_vram.pipelines.optimizations import (
     compiling,
     encoders,
     memory,
+    parallel,
     quantization,
     vae,
 )
@@ -68,6 +69,9 @@ _REGISTRY: tuple[Optimization, ...] = (
     memory.GroupOffloadLeafStream(),
     memory.GroupOffloadBlockDisk(),
     memory.GroupOffloadLeafDisk(),
+    parallel.DeviceMapBalanced(),
+    parallel.ContextParallelUlysses(),
+    parallel.ContextParallelRing(),
     memory.ExpandableSegments(),
 )
 
@@ -106,14 +110,17 @@ def excluded(name: str) -> tuple[str, ...]:
     return tuple(other.name for other in _REGISTRY if other.name != name and clashes(other))
 
 
-def impossible(names: Sequence[str], device: str, weights: str = "pretrained") -> str | None:
-    """Why these optimizations cannot run together on `device` ("meta" stands for a GPU) with such weights, or None."""
+def impossible(names: Sequence[str], device: str, weights: str = "pretrained", gpus: int | None = None) -> str | None:
+    """Why these optimizations cannot run together on `device` ("meta" stands for a GPU) with such weights, or None;
+    `gpus` is how many are there, where that is known."""
     for name in names:
         optimization = OPTIMIZATIONS[name]
         if clash := [other for other in excluded(name) if other in names]:
             return f"{name} excludes {', '.join(clash)}"
         if optimization.needs_gpu and device == "cpu":
             return f"{name} needs a GPU"
+        if gpus is not None and optimization.gpus > gpus:
+            return f"{name} takes {optimization.gpus} GPUs, and torch sees {gpus}"
         if optimization.trained and weights == "random":
             return f"{name} decides by the values it sees: --vram-weights pretrained"
         if optimization.trained and device == "meta":
@@ -134,6 +141,11 @@ def plain(names: Sequence[str]) -> tuple[str, ...]:
 def claims_exact(names: Sequence[str]) -> bool:
     """Whether all flags beside the dtype claim to leave the image as it is."""
     return all(OPTIMIZATIONS[name].exact for name in names if name not in DTYPES)
+
+
+def gpus_of(names: Sequence[str]) -> int:
+    """How many GPUs a case with these optimizations takes."""
+    return max((OPTIMIZATIONS[name].gpus for name in names), default=1)
 
 
 def torch_dtype(names: Sequence[str]) -> "torch.dtype":

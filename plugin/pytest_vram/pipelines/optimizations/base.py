@@ -28,6 +28,8 @@ class Optimization:
     needs_gpu: ClassVar[bool] = False
     trained: ClassVar[bool] = False  # decides by the values it sees: needs trained weights, and cannot be estimated
     replaces: ClassVar[bool] = False  # puts a network with weights of its own in place of another
+    gpus: ClassVar[int] = 1  # that one case takes
+    processes: ClassVar[bool] = False  # a process for each of them
     exact: ClassVar[bool] = False  # claims to leave the image as it is
 
     def prepare(self, networks: "dict[str, torch.nn.Module]", denoiser: str) -> "Callable[[Any], None] | None":
@@ -41,6 +43,10 @@ class Optimization:
     def at_once(self, networks: Iterable[str]) -> set[str]:
         """Where the flag offloads: of these networks those that go to the GPU all the same, before it is applied."""
         return set()
+
+    def gpu_of(self, networks: "Mapping[str, torch.nn.Module]") -> Mapping[str, int]:
+        """The GPU of each network, where the flag spreads them over several."""
+        return {}
 
     def apply(self, pipe: Any, denoiser: str) -> None:
         """Change the pipeline, whose networks are in place.
