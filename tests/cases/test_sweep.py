@@ -186,7 +186,7 @@ def test_default_sweep(path: Path) -> None:
 
 
 def test_the_sweeps_of_this_repository_leave_nothing_out() -> None:
-    cases = [*cases_of(read_sweep(BENCH, "default")), *cases_of(read_sweep(BENCH, "frontier"))]
+    cases = [case for sweep in ("default", "frontier", "two_gpus") for case in cases_of(read_sweep(BENCH, sweep))]
     assert {name for case in cases for name in case.optimizations} == set(OPTIMIZATIONS)
     cases = cases_of(read_sweep(BENCH, "default"))
     assert {case.batch_size for case in cases} == {1, 4}
