@@ -103,6 +103,7 @@ def folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/var/tmp/x")
     monkeypatch.setattr(sys, "prefix", "/home/al/venv")
     monkeypatch.setattr(sys, "base_prefix", "/opt/python")
+    monkeypatch.setattr(sys, "path", ["", "/srv/wheels", "/home/al/venv/lib/site-packages"])
 
 
 @pytest.mark.usefixtures("folders")
@@ -114,6 +115,8 @@ def folders(monkeypatch: pytest.MonkeyPatch) -> None:
         ('File "/home/al/venv/lib/torch/x.py", line 1', 'File "<python>/lib/torch/x.py", line 1'),
         ("/opt/python/lib/python3.11/json", "<python>/lib/python3.11/json"),
         ("/srv/models stays", "/srv/models stays"),
+        ("/srv/wheels/bitsandbytes/x.so", "<path>/bitsandbytes/x.so"),
+        ("/home/al/venv/lib/site-packages/torch", "<python>/lib/site-packages/torch"),
     ],
 )
 def test_folders_are_cut_from_a_text(text: str, cut: str) -> None:

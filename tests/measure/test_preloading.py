@@ -40,6 +40,7 @@ def test_what_imports_ask_does_not_initialise_cuda(initialised: list[str]) -> No
         assert torch.cuda.get_device_capability() == (7, 5)
         assert torch.cuda.get_device_capability(1) == (9, 0)
         assert torch.cuda.get_device_name("cuda:1") == "H100"
+        assert torch.cuda.get_device_capability(torch.cuda.device(1)) == (9, 0)  # type: ignore[arg-type]  # bitsandbytes
         assert torch.cuda.get_device_properties(torch.device("cuda", 0)).total_memory == 1 << 30
         assert torch.cuda.current_device() == 0
     assert initialised == []

@@ -87,7 +87,7 @@ def cpu_name() -> str:
 
 
 def without_paths(text: str) -> str:
-    """`text` with the home, temporary, installation and working folders cut from it."""
+    """`text` with the home, temporary, installation and working folders cut from it, and those of PYTHONPATH."""
     homes = {
         str(Path.home()): "~",
         tempfile.gettempdir(): "<tmp>",
@@ -96,6 +96,9 @@ def without_paths(text: str) -> str:
         str(Path(__file__).parents[2]): "<pytest-vram>",
         str(Path.cwd()): ".",
     }
+    for entry in filter(os.path.isabs, sys.path):
+        if not any(Path(entry).is_relative_to(home) for home in homes):
+            homes[entry] = "<path>"
     for folder in sorted(homes, key=len, reverse=True):
         if len(folder) > 1:
             text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w-])", homes[folder].replace("\\", "/"), text)

@@ -20,6 +20,7 @@ def cuda_untouched() -> Iterator[None]:
         yield
         return
     import torch
+    from torch.cuda._utils import _get_device_index as get_device_index
 
     importing = True
     properties, current = torch.cuda.get_device_properties, torch.cuda.current_device
@@ -27,8 +28,7 @@ def cuda_untouched() -> Iterator[None]:
     def get_device_properties(device: Any = None) -> Any:
         if not importing:  # somebody has kept this function
             return properties(device)
-        index = device if isinstance(device, int) else torch.device(device or "cuda").index or 0
-        gpu = gpus[_nvml_index(index)]
+        gpu = gpus[_nvml_index(get_device_index(device, optional=True) or 0)]
         major, minor = gpu.compute_capability() or (0, 0)
         return SimpleNamespace(name=gpu.name, major=major, minor=minor, total_memory=gpu.total_bytes())
 

@@ -83,7 +83,7 @@ class FusedQkv(Optimization):
 
 class Tf32(Optimization):
     name = "tf32"
-    summary = "matrix products of float32 in TensorFloat-32; other dtypes have none"
+    summary = "matrix products of float32 in TensorFloat-32, in half precision of what is kept in float32"
     needs_gpu = True
 
     def apply(self, pipe: Any, denoiser: str) -> None:
@@ -94,8 +94,10 @@ class Tf32(Optimization):
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         import torch
 
-        network = getattr(pipe, denoiser)
-        return lambda: network.dtype == torch.float32
+        layers = [
+            m for network in denoisers(pipe, denoiser) for m in network.modules() if isinstance(m, torch.nn.Linear)
+        ]
+        return lambda: any(layer.weight.dtype == torch.float32 for layer in layers)
 
     def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
         return self.watch(pipe, denoiser)  # products take no other memory
