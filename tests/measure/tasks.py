@@ -94,9 +94,11 @@ def generate(job: Message, reporter: Reporter) -> None:
     `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap
     from `need_mib` on, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or
     the fields of its failure. `skipped` is why the case cannot be run, `no_reference` why a reference fails. An output
-    is the names of the optimizations.
+    is the names of the optimizations. `need_mib` may have a figure for each GPU. Of several processes the one of rank
+    `lost` raises or, with `dies`, dies, and the others wait for it.
     """
     script = script_of(job)
+    rank = os.environ.get("RANK")
     figures: dict[str, Any] = {
         "load_s": 0.5,
         "cold_s": 2.0,
@@ -114,7 +116,10 @@ def generate(job: Message, reporter: Reporter) -> None:
     }
     cap = None
     if job["device"] == "cuda":
-        cap = reporter.ask("context", reserved_bytes=0)["cap_bytes"]
+        answer = reporter.ask("context", reserved_bytes=0)
+        cap = answer["cap_bytes"]
+        if isinstance(script.get("need_mib"), list):
+            script["need_mib"] = script["need_mib"][answer["gpus"][0]]
         reporter.send("phase", phase=f"cap {cap}")
         reserved = 600 * MIB if cap is None else min(600 * MIB, cap)
         figures |= {
@@ -125,6 +130,12 @@ def generate(job: Message, reporter: Reporter) -> None:
             "alloc_retries": 0,
         }
     reporter.send("phase", phase="load")
+    if rank and "lost" in script:
+        if rank != script["lost"]:
+            time.sleep(60)
+        if script.get("dies"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        reporter.ask("failed", status="oom", phase="denoise", message="OutOfMemoryError: on the other GPU")
     if job.get("probe"):
         _probe(script, cap, figures, reporter)
         return

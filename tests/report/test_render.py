@@ -318,6 +318,33 @@ def test_somebody_s_own_pipeline_has_its_rows() -> None:
     assert [row[:2] for row in html(report).island["rows"]] == [["tests/test_app.py", "test_painter"]]
 
 
+def test_what_costs_and_buys_nothing_is_told() -> None:
+    more = record(id="more", case={"optimizations": ["fp16", "fused_qkv"]}, memory=needing(11_000))
+    time = {"median_s": 900.0, "full_length_s": 900.0, "workers": [{"rounds_s": [900.0], "median_s": 900.0}]}
+    slower = record(id="slower", case={"optimizations": ["fp16", "tf32"]}, memory=needing(9_000), time=time)
+    saves = record(id="saves", case={"optimizations": ["fp16", "vae_tiling"]}, memory=needing(6_000))
+    report = a_report(a_run(record(memory=needing(9_000)), more, slower, saves))
+    assert cells_of(report, "What made it worse", "optimizations") == ["`fp16+fused_qkv`", "`fp16+tf32`"]
+    assert cells_of(report, "What made it worse", "required GiB") == ["+1.95", "0"]
+    assert "What made it worse" in html(report).texts["all"]
+    assert "What made it worse" not in tables(markdown(a_report(a_run(record(memory=needing(9_000)), saves))))
+
+
+def test_a_set_for_two_gpus_says_what_each_must_have_and_is_recommended_for_no_card() -> None:
+    gpus = [{"required_bytes": required * MIB} for required in (3_000, 2_000)]
+    two = record(id="two", case={"optimizations": ["fp16", "device_map_balanced"]}, memory=needing(2_314), gpus=gpus)
+    report = a_report(a_run(record(memory=needing(9_000)), two))
+    [cell, _] = sorted(cells_of(report, "sdxl", "optimizations"), key=len, reverse=True)
+    assert cell == "`fp16+device_map_balanced` (2 GPUs: 2.93 + 1.95)"
+    assert "device_map_balanced" not in json.dumps(tables(markdown(report))["Models on cards"])
+
+
+def needing(mib: int) -> dict[str, Any]:
+    figures = {"weights_bytes": 2_000 * MIB, "allocated_peak_bytes": mib * MIB, "reserved_peak_bytes": mib * MIB}
+    needed = {"need_bytes": mib * MIB, "context_bytes": 686 * MIB, "required_bytes": (mib + 686) * MIB}
+    return {**figures, **needed, "nvml_process_peak_bytes": None}
+
+
 def test_an_oom_without_a_limit_requires_more_than_the_gpu_has() -> None:
     oom = record(status="oom", failure=FAILURE, time={}, memory=BARE)
     report = a_report(a_run(oom))

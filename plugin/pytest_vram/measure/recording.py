@@ -54,7 +54,7 @@ class WorkerRun:
 
     @property
     def done(self) -> bool:
-        return bool(self.outcome["event"] == "done")
+        return self.outcome.get("event") == "done"
 
 
 def record_of(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: float, common: dict[str, Any]) -> Record:

@@ -14,9 +14,22 @@ from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.text import display_name, gib, seconds, signed
 from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, WORDS, Verdict, best, largest, minimum, recommended
-from pytest_vram.report.workloads import SAME_GPU_TIME, SAME_TIME, Choice, Evidence, Workload, against, frontier, lead
+from pytest_vram.report.workloads import (
+    SAME_GPU_TIME,
+    SAME_TIME,
+    Choice,
+    Evidence,
+    Workload,
+    against,
+    baseline,
+    frontier,
+    lead,
+    same_time,
+    without_idle_flags,
+)
 
 NOTHING = "–"
+SAME_MEMORY = 0.01  # of the required memory: two searches were seen to differ by a fifth of it
 LIKE_BYTES = 12 << 20  # cards whose usable memory is written with the same two digits
 
 
@@ -239,6 +252,26 @@ class Document:
             Cell(gib(choice.disk_bytes)),
             Cell(self.tag(choice), "runs"),
         ]
+
+    def worse(self) -> Table:
+        """The measured sets that buy nothing: beside the plain dtype on that GPU they require more or take longer, and
+        neither less."""
+        rows = []
+        for workload in (w for subject in self.leads for w in self.evidence.subjects[subject]):
+            for choices in self.evidence.by_gpu(workload):
+                plain = baseline(choices)
+                for choice in without_idle_flags(choices):
+                    saved, paid = against(choice, plain)
+                    if choice.gpus or saved is None or paid is None or not choice.call_s or not plain.call_s:
+                        continue
+                    share, times = saved / (plain.required_bytes or 1), choice.call_s / plain.call_s
+                    noise = same_time(choice, plain)
+                    if (share < -SAME_MEMORY and times > 1 / noise) or (times > noise and share < SAME_MEMORY):
+                        cost = [Cell(signed(-saved / GIB)), Cell(f"×{times:.2f}"), Cell(choice.gpu or "")]
+                        runs = Cell(self.tag(choice, plain), "runs")
+                        rows.append([*self._keys(workload), Cell("", name=choice.name), *cost, runs])
+        columns = ("model", "size", "batch", "optimizations", "required GiB", "time", "on", "runs")
+        return Table("What made it worse", columns, rows, 4)
 
     def largest(self) -> Table:
         """For each model and card the largest batch at the lead size, and the largest size at the smallest batch."""

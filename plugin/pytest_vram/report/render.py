@@ -111,7 +111,14 @@ class Report:
 
     def tables(self, document: Document) -> dict[str, Table]:
         """The tables of HARDWARE.md by their headings, as far as they can have rows."""
-        whole = (document.runs(), document.matrix(), document.largest(), document.checks(), document.failed())
+        whole = (
+            document.runs(),
+            document.matrix(),
+            document.worse(),
+            document.largest(),
+            document.checks(),
+            document.failed(),
+        )
         found = {f"## {markdown(table.title)}": table for table in whole}
         return found | {f"### {markdown(table.title)}": table for table in document.all_requirements()}
 
@@ -142,6 +149,7 @@ class Report:
             "estimates": document.estimates,
             "answers": document.answers,
             "largest": document.largest(),
+            "worse": document.worse(),
             "charts": charts,
             "checks": document.checks(),
             "accuracy": document.accuracy(),
