@@ -513,6 +513,16 @@ def test_a_set_with_an_idle_flag_stands_back_for_the_set_without_it(records: Seq
     assert names(without_idle_flags(choices(*records))) == kept
 
 
+@pytest.mark.parametrize(
+    ("load", "need_phase", "said"),
+    [(2, None, ""), (9, None, "the load decides"), (9, "decode", ""), (2, "load", "the load decides")],
+)
+def test_where_the_load_decides_it_is_said(load: int, need_phase: str | None, said: str) -> None:
+    phases = {"load": {"allocated_peak_bytes": load * GIB}, "decode": {"allocated_peak_bytes": 5 * GIB}}
+    [choice] = choices(measured(phases=phases, need_phase=need_phase))
+    assert choice.remark == said
+
+
 def frontier_of(*points: tuple[str, int, float | None]) -> list[str]:
     return names(frontier(choices(*(measured(name, need * GIB, seconds) for name, need, seconds in points))))
 

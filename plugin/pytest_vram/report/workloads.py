@@ -192,11 +192,19 @@ class Choice:
         return self.record.gpus
 
     @property
+    def _load_decides(self) -> bool:
+        """Whether the weights, on their way, need more than a call: as where they are quantized on the GPU."""
+        peaks = {name: cost.allocated_peak_bytes or 0 for name, cost in self.record.phases.items()}
+        highest = max(peaks, key=lambda name: peaks[name], default=None)
+        return (self.record.need_phase or highest) == "load"
+
+    @property
     def remark(self) -> str:
         """What a person should know before taking it."""
         each = " + ".join(gib(gpu.required_bytes) for gpu in self.gpus)
         remarks = [f"{len(self.gpus)} GPUs: {each}"] if each else []
         remarks += [f"no effect: {', '.join(self.no_effect)}"] if self.no_effect else []
+        remarks += ["the load decides"] if self._load_decides else []
         remarks += ["not exact"] if self.record.exact is False else []
         exactness = self.record.exactness
         if exactness and not exactness.claimed and exactness.psnr_db is not None:
