@@ -65,9 +65,14 @@ class Base:
                 raise UsageError("--vram-base-checkout: the base was run with changes that no commit has; make it anew")
             self.checkout = other_checkout(options.checkout, root, commit if isinstance(commit, str) else None)
 
-    def check_cases(self, ids: Set[str], cases: Mapping[str, AnyCase]) -> None:
-        """Raises UsageError where the base has none of these, or none like them; `cases` are those known so far."""
+    def check_cases(self, ids: Set[str], cases: Mapping[str, AnyCase], all_shards: Set[str] = frozenset()) -> None:
+        """Raises UsageError where the base has none of these, or none like them; `cases` are those known so far.
+
+        A shard's may all be new, where the base has some of those of `all_shards`.
+        """
         common = [record for record in self.run.records if record.id in ids]
+        if not common and any(record.id in all_shards for record in self.run.records):
+            return
         if not common:
             raise UsageError(
                 f"--vram-compare: {self.run.path} has none of these cases, such as {min(ids, default='none')}; "

@@ -291,6 +291,42 @@ def _compare(base: str, head: str, across: list[str], strict: bool, results: Pat
 
 
 @app.command()
+def merge(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files of one sweep, or folders of them.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The new run file; default: a new one in results/."),
+    ] = None,
+) -> None:
+    """Make one run file of several: of the shards of a sweep (--vram-shard), or of GPUs of one kind."""
+    from pytest_vram.records.files import folder_of, new_path, write_run
+    from pytest_vram.records.merging import merge as merged
+    from pytest_vram.records.reading import read_runs
+    from pytest_vram.report.text import printable
+
+    found, notes = read_runs(runs)
+    made = merged(found)
+    for note in notes:
+        typer.echo(printable(note), err=True)
+    environment, options = made.run.environment, made.run.options
+    folder = Path("results") / folder_of(options.get("device"), environment.get("gpu"))
+    path = output or new_path(folder, environment)
+    try:
+        if path.exists():
+            raise UsageError(f"--output: {path} is there; nothing is overwritten: name another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_run(path, made.run)
+    except OSError as error:
+        raise UsageError(f"--output: {path} cannot be written: {error.strerror}") from error
+    typer.echo(f"{len(made.run.records)} cases of {len(found)} runs; {made.dropped} duplicates dropped")
+    if made.missing:
+        typer.echo(f"not complete: no complete run of shard {', '.join(made.missing)}")
+    elif not made.run.complete:
+        typer.echo("not complete: a run of these is not")
+    typer.echo(path)
+
+
+@app.command()
 def check(
     document: Annotated[Path, typer.Argument(help="A HARDWARE.md that `pytest-vram report` wrote.")],
     most: Annotated[int, typer.Option("--most", min=1, help="Name no more than this many.")] = 20,

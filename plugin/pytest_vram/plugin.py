@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--vram-no-estimate", action="store_true", help="measure without an estimate beside each record")
     add("--vram-timeout", metavar="SECONDS", default="600", help="for one worker of a case; default: 600")
     add("--vram-results", metavar="DIR", default="results", help="where run files go; default: results")
+    add("--vram-shard", metavar="K/N", help="every N-th case from the K-th on; `pytest-vram merge` joins the N runs")
     add("--vram-resume", action="store_true", help="go on with the newest unfinished run")
     add("--vram-compare", metavar="BASE", help="exit 1 where this run is worse: a file, folder, commit, or latest")
     add("--vram-base-checkout", metavar="DIR", help="the base's checkout, to measure again what looks slower")
@@ -65,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _options(config: pytest.Config) -> Options:
     """The command line as one object; raises UsageError of this package."""
     from pytest_vram.cases.case import parse_bytes
+    from pytest_vram.cases.shard import Shard
     from pytest_vram.cases.sweep import Overrides
     from pytest_vram.errors import UsageError
     from pytest_vram.measure.measurement import Settings
@@ -91,6 +93,7 @@ def _options(config: pytest.Config) -> Options:
     limit = text("limit")
     matrix = text("matrix")
     images = text("save-images")
+    shard = text("shard")
     return Options(
         device=device,
         matrix=Path(matrix) if matrix else None,
@@ -113,6 +116,7 @@ def _options(config: pytest.Config) -> Options:
             need=not config.getoption("--vram-no-need"),
         ),
         results=Path(str(text("results"))),
+        shard=None if shard is None else Shard.parse(shard),
         resume=config.getoption("--vram-resume"),
         estimate=not config.getoption("--vram-no-estimate"),
         base=_base_options(config, names("across") or ()),
@@ -321,6 +325,11 @@ class Manager:
     def terminal(self) -> Any:
         return self.config.pluginmanager.getplugin("terminalreporter")
 
+    @property
+    def measures_own(self) -> bool:
+        """Whether tests with pipelines of their own measure them, and are not skipped or refused."""
+        return self.config.getoption("--vram-device") != "meta" and not self.under_xdist
+
     def say(self, text: str) -> None:
         """A passing line, on a terminal only."""
         reporter = self.terminal
@@ -383,6 +392,30 @@ class Manager:
         if _is_own(item) and self.config.pluginmanager.hasplugin("benchmark"):
             item.add_marker(pytest.mark.benchmark(timer=device_time))
 
+    @pytest.hookimpl(trylast=True)  # -k and its like have left out theirs
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.config.getoption("--vram-shard") is None or self.usage_error:
+            return
+        from pytest_vram.errors import UsageError
+
+        plans = {item: plan.case.id for item in items if (plan := _plan(item))}
+        own = [item for item in items if _is_own(item) and self.measures_own]
+        if not (plans or own):
+            return
+        try:
+            session = self.sweep()
+            kept = session.take_shard(plans.values(), [item.nodeid for item in own])
+        except UsageError as error:
+            self.usage_error = str(error)
+            if self.under_xdist:  # as for other bad usage, one test fails with the line
+                items[:] = [*plans][:1]
+                items[0].callspec.params["vram_case"] = str(error)  # type: ignore[attr-defined]
+            return
+        left_out = {item for item, id in plans.items() if id not in kept}
+        left_out |= {item for item in own if session.own_id(item.nodeid) not in kept}
+        items[:] = [item for item in items if item not in left_out]
+        self.config.hook.pytest_deselected(items=[*left_out])
+
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.deselected += [item.nodeid for item in items if _is_own(item)]
 
@@ -394,7 +427,7 @@ class Manager:
                 raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.vram: the test measures nothing: use `vram`")
         plans = [plan for item in session.items if (plan := _plan(item))]
         own = [item for item in session.items if _is_own(item)]
-        if self.config.getoption("--vram-device") == "meta" or self.under_xdist:
+        if not self.measures_own:
             own = []
         if self.config.option.collectonly:
             return
@@ -410,7 +443,9 @@ class Manager:
         if self.terminal is not None and not self.under_xdist and self.config.get_verbosity() >= 0:
             measuring = self.config.getoption("--vram-device") == "cuda"
             first = "imports, then all estimates, then the cases" if measuring and plans else "imports, then the cases"
-            self.terminal.write_line(f"vram: {len(plans) + len(own)} cases; {first}")
+            shard = self.config.getoption("--vram-shard")
+            part = f" of shard {shard}" if shard else ""
+            self.terminal.write_line(f"vram: {len(plans) + len(own)} cases{part}; {first}")
         try:
             node_ids = [item.nodeid for item in own]
             self.sweep().case_ids = {item.nodeid: plan.case.id for item in session.items if (plan := _plan(item))}
@@ -419,14 +454,15 @@ class Manager:
             raise pytest.UsageError(str(error)) from error
         if self.under_xdist:
             aliases = names_with_aliases(plan.model for plan in plans)
-            self.config.workeroutput["vram"] = {"ids": sorted(self.sweep().expected), "aliases": aliases}  # type: ignore[attr-defined]
+            planned = {"ids": sorted(self.sweep().expected), "aliases": aliases, "asked": self.sweep().asked()}
+            self.config.workeroutput["vram"] = planned  # type: ignore[attr-defined]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """An xdist worker has ended: now its controller knows what it had planned."""
         planned = getattr(node, "workeroutput", {}).get("vram")
         if planned:
-            self.sweep().expect(planned["ids"], planned["aliases"])
+            self.sweep().expect(**planned)
 
     # Running
 

@@ -9,6 +9,7 @@ from typing import Any
 from pytest_vram.against import FOLDER, Base, BaseOptions, save
 from pytest_vram.cases.case import AnyCase, Case, OwnCase, Weights
 from pytest_vram.cases.models import Model, is_folder, model_from_folder, names_with_aliases, read_models
+from pytest_vram.cases.shard import Shard
 from pytest_vram.cases.sweep import Overrides, expand, read_sweep, read_thresholds
 from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
@@ -26,7 +27,7 @@ from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
-from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished
+from pytest_vram.records.files import Journal, folder_of, new_path, unfinished
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import Record, Run
 
@@ -47,6 +48,7 @@ class Options:
     limit_bytes: int | None = None
     settings: Settings = field(default_factory=Settings)
     results: Path = Path("results")
+    shard: Shard | None = None
     resume: bool = False
     allow_shared: bool = False
     name_host: bool = False
@@ -94,6 +96,8 @@ class SweepSession:
         self._plans: dict[Path, list[Plan]] = {}
         self._thresholds: dict[str, Thresholds] = {}  # of the matrix that planned a case, by its id
         self._deselected: list[str] = []
+        self._cases: list[str] = []  # of all shards, in the order of the sweep; empty without a shard
+        self._asked_others: dict[str, list[str]] = {}
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
 
     # Collection
@@ -146,6 +150,18 @@ class SweepSession:
             names[folder] = model.name
         return replace(overrides, models=tuple(names.get(name, name) for name in overrides.models or ()))
 
+    def take_shard(self, ids: Iterable[str], own: Iterable[str]) -> set[str]:
+        """Those cases of this shard's, by id; `own` are the node ids of tests that measure pipelines of their own.
+
+        Raises:
+            UsageError: where there are fewer cases than shards.
+        """
+        assert self.options.shard
+        chosen = set(ids)
+        ordered = dict.fromkeys(plan.case.id for plans in self._plans.values() for plan in plans)
+        self._cases = [*(id for id in ordered if id in chosen), *sorted(map(self.own_id, own))]
+        return set(self.options.shard.take(self._cases))
+
     # The sweep
 
     def start(
@@ -165,10 +181,10 @@ class SweepSession:
             twice = next(name for name in ids if ids.count(name) > 1)
             raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
         own = list(own)
-        self.expected |= {self._own_case(*_split(node_id)).id for node_id in own}
+        self.expected |= set(map(self.own_id, own))
         self._read_own_thresholds(own)
         left_out = {plan.case.id for plans in self._plans.values() for plan in plans}
-        left_out |= {self._own_case(*_split(node_id)).id for node_id in deselected}
+        left_out |= set(map(self.own_id, deselected))
         self._deselected = sorted(left_out - self.expected)
         self._check_images_folder()
         if options.limit_bytes is not None and options.device == "cpu":
@@ -210,7 +226,7 @@ class SweepSession:
             beside = self.root / _split(node_id)[0]
             matrix = self.options.matrix or beside.parent / "matrix.toml"
             if self.options.matrix or matrix.is_file():
-                self._thresholds[self._own_case(*_split(node_id)).id] = read_thresholds(matrix)
+                self._thresholds[self.own_id(node_id)] = read_thresholds(matrix)
 
     def _check_images_folder(self) -> None:
         folder = self.options.settings.save_images
@@ -220,10 +236,11 @@ class SweepSession:
         except OSError as error:
             raise UsageError(f"--vram-save-images: {folder} cannot be written: {error.strerror}") from error
 
-    def expect(self, ids: Iterable[str], aliases: Mapping[str, list[str]]) -> None:
+    def expect(self, ids: Iterable[str], aliases: Mapping[str, list[str]], asked: dict[str, list[str]]) -> None:
         """Cases that others run for this session (xdist), which keeps their records."""
         self.expected |= set(ids)
         self.others_aliases |= aliases
+        self._asked_others = asked
 
     def open_journal(self, facts: dict[str, Any]) -> Journal:
         """The journal of this run: a new one, or the one that is resumed."""
@@ -242,8 +259,11 @@ class SweepSession:
 
     def _folder(self, facts: Mapping[str, Any]) -> Path:
         """Where the runs of this device go."""
-        device = self.options.device
-        return self.options.results / {"meta": "estimated", "cpu": "cpu"}.get(device, slug(facts.get("gpu", "")))
+        return self.options.results / folder_of(self.options.device, facts.get("gpu"))
+
+    def asked(self) -> dict[str, list[str]]:
+        """Which cases of the sweep were not asked for; and of a shard those of all shards, in order."""
+        return {"deselected": self._deselected, **({"cases": self._cases} if self._cases else {})}
 
     def _described(self, facts: dict[str, Any]) -> Run:
         """This run, without records. `facts` are those of the GPU."""
@@ -256,7 +276,8 @@ class SweepSession:
                 "device": options.device,
                 "tests": list(options.tests),
                 "overrides": {k: v if isinstance(v, int) else list(v) for k, v in vars(overrides).items() if v},
-                "deselected": self._deselected,
+                **self.asked(),
+                **({"shard": str(options.shard)} if options.shard else {}),
                 "selection": self.options.selection,
                 "workers": options.settings.workers,
                 "rounds": options.settings.rounds,
@@ -270,16 +291,24 @@ class SweepSession:
             return
         self.say("the base")
         described = self._described(facts)
-        resumed = next(iter(unfinished(self._folder(facts))), None) if options.resume else None
+        resumed, _ = (options.resume and self._unfinished(self._folder(facts))) or (None, None)
         self.base = Base(options.base, described, options.results, self.root, self._thresholds, resumed)
-        self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned})
+        self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned}, set(self._cases))
+
+    def _unfinished(self, folder: Path) -> tuple[Path, Run] | None:
+        """The newest unfinished run of this folder, and its file: of this shard, if there is one."""
+        found = list(unfinished(folder))
+        shard = str(self.options.shard) if self.options.shard else None
+        return next((one for one in found if _shard(one[1]) == shard), next(iter(found), None))
 
     def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
         """The newest unfinished run of this folder, and its records that need not be made again."""
-        found = next(iter(unfinished(folder)), None)
+        found, old = self._unfinished(folder) or (None, run)
         if found is None:
             raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
-        old = read_journal(found) if found.suffix == ".jsonl" else read_run(found)
+        if (shard := _shard(old)) != _shard(run):
+            what = f"shard {shard}; give --vram-shard {shard}, or" if shard else "no shard;"
+            raise UsageError(f"--vram-resume: {found} is {what} leave --vram-resume out to start a new run")
         for key in SAME_TO_RESUME:
             if old.environment.get(key) != run.environment.get(key):
                 raise UsageError(
@@ -288,6 +317,8 @@ class SweepSession:
                 )
         if old.sweep != run.sweep:
             raise UsageError(f"--vram-resume: {found} is of the sweep {old.sweep!r}; give --vram-sweep {old.sweep}")
+        if old.options.get("cases") != run.options.get("cases"):
+            raise UsageError(f"--vram-resume: {found} is a shard of other cases; give the same options")
         planned = {plan.case.id: plan.case for plan in self.planned}
         for record in old.records:
             if planned.get(record.id, record.case) != record.case:
@@ -317,6 +348,10 @@ class SweepSession:
 
     def _own_case(self, model: str, test: str, build: str = "-", call: str = "-") -> OwnCase:
         return OwnCase(model=model, test=test, build=build, call=call, limit_bytes=self.options.limit_bytes)
+
+    def own_id(self, node_id: str) -> str:
+        """The id of the case that a test with a pipeline of its own measures."""
+        return self._own_case(*_split(node_id)).id
 
     def run_own(self, node_id: str, number: int, build: Callable[..., Any], call: Callable[..., Any]) -> Record:
         """The record of the pipeline that a test's own functions build and call, the `number`-th of this test.
@@ -372,7 +407,7 @@ class SweepSession:
         if node_id in self.case_ids:
             self.expected.discard(self.case_ids[node_id])
         elif all(_split(node_id)):
-            self.expected.discard(self._own_case(*_split(node_id)).id)
+            self.expected.discard(self.own_id(node_id))
 
     def rest_s(self) -> float:
         """The expected rest of the sweep in seconds, from the cases so far."""
@@ -393,7 +428,8 @@ class SweepSession:
         records = self.journal.records
         complete = not interrupted and self.expected <= records.keys()
         if self.others_aliases:
-            self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases})
+            options = {**self.journal.run.options, **self._asked_others}
+            self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases, "options": options})
         self.run_path = self.journal.finish(complete)
         self.complete = complete
 
@@ -511,6 +547,11 @@ def _whole_path(model: str) -> str:
 def _is_done(record: Record) -> bool:
     """Whether a resumed sweep need not measure this case again."""
     return record.status in DONE and record.unavailable.get("memory.need_bytes") != SEARCH_INTERRUPTED
+
+
+def _shard(run: Run) -> Any:
+    """The shard that a run says it is, or None."""
+    return run.options.get("shard")
 
 
 def _split(node_id: str) -> tuple[str, str]:

@@ -251,7 +251,7 @@ def test_unfinished_runs_the_newest_first(tmp_path: Path) -> None:
     write_run(name(20, ".json"), a_run(complete=False))
     write_run(name(23, ".json"), a_run())
     write_run(name(24, ".json"), a_run(complete=False))  # the journal beside it goes on with it
-    assert [path.name for path in unfinished(tmp_path)] == [
+    assert [path.name for path, _ in unfinished(tmp_path)] == [
         name(25, ".jsonl").name,
         name(24, ".jsonl").name,
         name(21, ".jsonl").name,

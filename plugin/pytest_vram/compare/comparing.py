@@ -85,9 +85,9 @@ def compare(
             cases.append(CaseComparison(id=name, verdict="vanished", reason=why))
     both = ({*before, *unreadable[base]} & {*now, *unreadable[head]}) | set(unreadable[head])
     common = [case for case in cases if case.id in both]
-    if not common:
+    if not common and not _is_of_new_cases(base, head):
         raise NotComparable(f"{base.path}: has no case of {head.path}; give a base of the same sweep and options")
-    if all(case.verdict == "not comparable" for case in common):
+    if common and all(case.verdict == "not comparable" for case in common):
         raise NotComparable(f"{base.path}: no case is comparable with {head.path}: {common[0].id}: {common[0].reason}")
     return Comparison(
         base=_side(base),
@@ -211,6 +211,12 @@ def _left_out(base: ReadRun, head: ReadRun, missing: list[str]) -> list[str]:
     return [name for name in missing if name in names or re.sub(r"#\d+$", "", name) in names]  # #2: measured twice
 
 
+def _is_of_new_cases(base: ReadRun, head: ReadRun) -> bool:
+    """Whether the head is a shard of a sweep of which the base has cases, if none of this shard."""
+    cases = head.run.options.get("cases")
+    return isinstance(cases, list) and any(record.id in cases for record in base.records)
+
+
 def _as_written(value: Any) -> str:
     """A value as a file has it: a session's may be tuples, and what is empty an older file lacks."""
     return json.dumps(value or None, sort_keys=True)
@@ -223,6 +229,9 @@ def _notes(base: ReadRun, head: ReadRun, cases: list[CaseComparison], left_out: 
         yield "base not measured again: times are compared with what is stored"
     elif not all(change.again for change in looked_at):
         yield "base not measured again for some cases: their times are compared with what is stored"
+    for name, run in (("base", base), ("head", head)):
+        if isinstance(shard := run.run.options.get("shard"), str):
+            yield f"the {name} is shard {shard[:20]} of its sweep"
     if left_out:
         yield f"{len(left_out)} cases of the base are not in the head, which asked for fewer"
     if not base.run.complete:

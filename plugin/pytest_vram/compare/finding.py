@@ -27,21 +27,24 @@ class Like:
     across: Sequence[str] = ()
     commit: str | None = None
     narrowed: bool = False
+    shard: Any = None
 
     @classmethod
     def run(cls, run: ReadRun, across: Sequence[str] = ()) -> "Like":
         """The same GPU (unless that is to be compared across), device and sweep as a run, but another file."""
         commit = None if run.run.environment.get("dirty") else run.run.environment.get("commit")
-        narrowed = bool(run.run.options.get("deselected"))
-        return cls(run.gpu, run.run.options.get("device"), run.run.sweep, run.path, across, commit, narrowed)
+        options = run.run.options
+        narrowed, shard = bool(options.get("deselected")), options.get("shard")
+        return cls(run.gpu, options.get("device"), run.run.sweep, run.path, across, commit, narrowed, shard)
 
     def admits(self, run: ReadRun) -> bool:
-        """Whether a run may be meant."""
+        """Whether a run may be meant: of shards only the same one."""
         if self.path is not None and run.path.resolve() == self.path.resolve():
             return False
         gpu = "gpu" in self.across or run.gpu == self.gpu
         device = "device" in self.across or run.run.options.get("device") == self.device
-        return gpu and device and run.run.sweep == self.sweep
+        shard = run.run.options.get("shard") in (None, self.shard)
+        return gpu and device and shard and run.run.sweep == self.sweep
 
     def rank(self, run: ReadRun) -> bool:
         """Whether `latest` rather means this run: of another commit, so that a second try is not compared with the
@@ -78,6 +81,8 @@ def find_run(name: str, results: Path, root: Path, like: Like | None = None) -> 
         raise RunFileError(f"{where} no finished run{kind}; make one, or name another base")
     if name == LATEST and like is not None:
         found = [run for run in found if like.rank(run)] or found
+    if like is None:
+        found = [run for run in found if not run.run.options.get("shard")] or found
     return max(found, key=age)
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,11 @@ class Refused:
 def slug(text: str) -> str:
     """`text` in lower-case letters, digits and hyphens, for a folder's name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
+
+
+def folder_of(device: Any, gpu: Any) -> str:
+    """The name of the folder for the runs of a device (of which `gpu` is the GPU's name)."""
+    return {"meta": "estimated", "cpu": "cpu"}.get(str(device), slug(str(gpu or "")))
 
 
 def new_path(folder: Path, environment: dict[str, Any]) -> Path:
@@ -227,8 +232,8 @@ def _json(text: str, path: Path) -> Any:
         raise RunFileError(f"{path}: is not JSON: {error}") from error
 
 
-def unfinished(folder: Path) -> Iterable[Path]:
-    """Journals and run files of a folder that lack cases or hold failed ones, the newest first."""
+def unfinished(folder: Path) -> Iterator[tuple[Path, Run]]:
+    """Journals and run files of a folder that lack cases or hold failed ones, with their runs, the newest first."""
     journals = set(folder.glob("*.jsonl"))
     files = {path for path in folder.glob("*.json") if path.with_suffix(".jsonl") not in journals}
     for path in sorted(journals | files, key=lambda path: path.name, reverse=True):
@@ -237,7 +242,7 @@ def unfinished(folder: Path) -> Iterable[Path]:
         except RunFileError:
             continue  # not ours to judge here: whoever names the file gets the message
         if not run.complete or any(record.status in ("error", "timeout") for record in run.records):
-            yield path
+            yield path, run
 
 
 def _benchmark_document(run: Run) -> dict[str, Any]:
