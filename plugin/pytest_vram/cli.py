@@ -152,6 +152,7 @@ def optimizations(as_json: Json = False) -> None:
             "exact": o.exact,
             "excludes": list(excluded(o.name)),
             "needs_gpu": o.needs_gpu,
+            "gpus": o.gpus,
             "needs_trained_weights": o.trained,
         }
         for o in OPTIMIZATIONS.values()
@@ -162,8 +163,12 @@ def optimizations(as_json: Json = False) -> None:
         lines = []
         for o in OPTIMIZATIONS.values():
             same = f"other {o.one_of}" if o.one_of else ""
-            others = [name for name in excluded(o.name) if not o.one_of or OPTIMIZATIONS[name].one_of != o.one_of]
-            lines.append([o.name, o.summary, "yes" if o.exact else "", ", ".join(filter(None, [same, *others]))])
+            others = {name: OPTIMIZATIONS[name].one_of for name in excluded(o.name)}
+            left = {other.one_of for name, other in OPTIMIZATIONS.items() if name not in others and name != o.name}
+            kinds = {name: kind for name, kind in others.items() if kind is None or kind != o.one_of}
+            said = [name if kind is None or kind in left else kind for name, kind in kinds.items()]
+            excludes = ", ".join(filter(None, dict.fromkeys([same, *said])))
+            lines.append([o.name, o.summary, "yes" if o.exact else "", excludes])
         _show(["name", "what it does", "exact", "excludes"], lines)
         typer.echo("exact: it should leave the image as it is; what every flag does to it is measured.")
 

@@ -95,7 +95,7 @@ def generate(job: Message, reporter: Reporter) -> None:
     from `need_mib` on, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or
     the fields of its failure. `skipped` is why the case cannot be run, `no_reference` why a reference fails. An output
     is the names of the optimizations. `need_mib` may have a figure for each GPU. Of several processes the one of rank
-    `lost` raises or, with `dies`, dies, and the others wait for it.
+    `lost` raises or, with `dies`, dies, and the others wait for it; `slow` is one that does not finish.
     """
     script = script_of(job)
     rank = os.environ.get("RANK")
@@ -130,6 +130,8 @@ def generate(job: Message, reporter: Reporter) -> None:
             "alloc_retries": 0,
         }
     reporter.send("phase", phase="load")
+    if rank and rank == script.get("slow"):
+        time.sleep(60)
     if rank and "lost" in script:
         if rank != script["lost"]:
             time.sleep(60)

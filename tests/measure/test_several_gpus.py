@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from pytest_vram.measure import measurement
 from pytest_vram.measure.forkserver import ForkServer, Starter
 from pytest_vram.records.schema import GpuMemory
 from tests.measure.tasks import MIB
@@ -40,6 +41,7 @@ def two_gpus(server: Starter, *, processes: int) -> Stage:
     stage = Stage(server, "cuda", Card())
     stage.machine.gpu = OneOf(stage, 1000, 0, processes)
     stage.machine.others = [OneOf(stage, 500, processes - 1, processes)]
+    stage.machine.others_idle = [IDLE]
     stage.machine.uuids = ["aa", "bb"]
     return stage
 
@@ -115,6 +117,14 @@ def test_where_one_process_is_lost_the_other_does_not_wait(paired: Stage, lost: 
     assert (said if dies else "on the other GPU") in record.failure.message
 
 
+def test_where_another_process_never_finishes_the_case_fails(paired: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "FOLLOW_S", 0.2)
+    record = paired.measure(optimizations=PARALLEL, slow="1")
+    assert record.status == "error"
+    assert record.failure is not None
+    assert record.failure.message == "the process on another GPU did not finish"
+
+
 def test_a_case_for_more_gpus_than_there_are_is_skipped(server: ForkServer) -> None:
     record = Stage(server, "cuda", Card()).measure(optimizations=BALANCED)
     assert (record.status, record.reason) == ("skipped", "device_map_balanced takes 2 GPUs, and torch sees 1")
@@ -122,8 +132,10 @@ def test_a_case_for_more_gpus_than_there_are_is_skipped(server: ForkServer) -> N
 
 def test_what_the_second_gpu_held_before_is_not_counted(shared: Stage) -> None:
     second = shared.machine.others[0]
-    assert second is not None
+    assert isinstance(second, Card)
     before = second.used_bytes()
     assert before == IDLE
+    shared.measure(optimizations=BALANCED, done={"gpus": [FIRST, SECOND]})
+    second.worker_mib = (2000,)
     record = shared.measure(optimizations=BALANCED, done={"gpus": [FIRST, SECOND]})
-    assert record.memory.nvml_device_peak_bytes == 1000 * MIB
+    assert record.memory.nvml_device_peak_bytes == 2000 * MIB

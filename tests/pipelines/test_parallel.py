@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model, read_model, read_models
@@ -15,6 +16,13 @@ from pytest_vram.pipelines.build import build_component
 from pytest_vram.pipelines.optimizations import OPTIMIZATIONS, gpus_of, impossible
 
 MODELS = Path(__file__).parents[1] / "models"
+
+
+@pytest.fixture(autouse=True)
+def _backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers keeps a backend that was set for one network for all others of the process."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
 
 
 def case_of(model: Model, *flags: str) -> Case:
@@ -77,6 +85,12 @@ def test_in_parallel_the_denoiser_s_tokens_are_shared_and_its_weights_are_not(fl
     assert parallel.weights == plain.weights
     activations = [estimate.phases["denoise"] - estimate.phases["load"] for estimate in (plain, parallel)]
     assert 0.4 * activations[0] < activations[1] < 0.95 * activations[0]
+
+
+def test_a_backend_that_cannot_be_split_is_said_in_one_line() -> None:
+    model = read_models()["flux1-schnell"]
+    with pytest.raises(Inapplicable, match="_native_math' which does not support context parallelism"):
+        simulate(model, case_of(model, "attention_native_math", "context_parallel_ulysses"))
 
 
 def test_flags_that_take_two_gpus() -> None:

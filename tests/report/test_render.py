@@ -337,6 +337,8 @@ def test_a_set_for_two_gpus_says_what_each_must_have_and_is_recommended_for_no_c
     [cell, _] = sorted(cells_of(report, "sdxl", "optimizations"), key=len, reverse=True)
     assert cell == "`fp16+device_map_balanced` (2 GPUs: 2.93 + 1.95)"
     assert "device_map_balanced" not in json.dumps(tables(markdown(report))["Models on cards"])
+    alone = tables(markdown(a_report(a_run(two))))["Models on cards"]
+    assert set(alone[2][3:-1]) <= {"no", "–"}
 
 
 def needing(mib: int) -> dict[str, Any]:

@@ -33,8 +33,11 @@ class Cuda:
         self._allocated_peaks, self._reserved_peaks = [0] * gpus, [0] * gpus
 
     def mark(self) -> torch.cuda.Event:
+        stream = torch.cuda.current_stream(0)
+        for gpu in self._gpus()[1:]:  # what they have been given before this mark counts as before it
+            stream.wait_event(torch.cuda.current_stream(gpu).record_event())
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(stream)
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:

@@ -211,7 +211,7 @@ class _Generation:
         swallowed = not plainly and self.device.out_of_memory_errors() > ooms_before
         traceback.print_exception(error)  # into the worker's output, whose end goes into the record
         sys.stderr.flush()
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         self.reporter.ask(
             "failed",
             status="oom" if plainly or swallowed else "error",

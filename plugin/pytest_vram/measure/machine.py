@@ -38,19 +38,21 @@ class Machine:
     facts: dict[str, Any] = field(default_factory=dict)
     gpu: nvml.Gpu | None = None
     others: list[nvml.Gpu | None] = field(default_factory=list)  # the GPUs beside the first
+    others_idle: list[int] = field(default_factory=list)  # bytes that others hold on them
     uuids: list[str] = field(default_factory=list)
     memory_bytes: int | None = None
     context_bytes: int = ASSUMED_CONTEXT_BYTES
     cannot: dict[str, str] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))  # as workers have it
 
-    def baseline(self) -> int:
-        """Bytes in use on the device before a case, once the last worker's memory is free again."""
-        if self.gpu is None:
+    def baseline(self, number: int = 0) -> int:
+        """Bytes in use on this of the `gpus` before a case, once the last worker's memory is free again."""
+        gpu = self.gpus[number]
+        if gpu is None:
             return 0
         deadline = time.monotonic() + SETTLE_S
-        idle = int(self.facts.get("gpu_idle_bytes") or 0)
-        while (used := self.gpu.used_bytes() or 0) > idle + SETTLED_BYTES and time.monotonic() < deadline:
+        idle = int(self.facts.get("gpu_idle_bytes") or 0) if number == 0 else self.others_idle[number - 1]
+        while (used := gpu.used_bytes() or 0) > idle + SETTLED_BYTES and time.monotonic() < deadline:
             time.sleep(0.01)
         return used
 
@@ -165,6 +167,7 @@ def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
             machine.gpu = nvml.gpu_by_uuid(answer["uuid"])
         machine.uuids = answer["uuids"]
         machine.others = [_gpu(uuid) for uuid in machine.uuids[1:]]
+        machine.others_idle = [(gpu.used_bytes() or 0) if gpu else 0 for gpu in machine.others]
         if machine.gpu is None:
             why = "NVML does not know this GPU"
             machine.cannot = {f"memory.{key}": why for key in ("nvml_process_peak_bytes", "nvml_device_peak_bytes")}

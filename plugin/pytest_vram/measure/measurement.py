@@ -323,7 +323,11 @@ class CaseWorkers:
                 first.fail("error", _died(first.worker, first.phase))
             for thread in threads:
                 thread.join(FOLLOW_S if first.run.done else 0)
-            first.run.peers = [other.run for other in others if other.run.done]
+            first.run.peers = [other.run for other in others]
+            if first.run.done and not all(peer.done for peer in first.run.peers):
+                lost = next(peer for peer in first.run.peers if not peer.done)
+                late = {"event": "failed", "status": "error", "message": "the process on another GPU did not finish"}
+                first.run.outcome = dict(lost.outcome) or late
             return first.run
         finally:
             for one in begun:
@@ -336,10 +340,7 @@ class CaseWorkers:
         """A new worker that uses these GPUs; a failed run where none could be started."""
         machine, settings = self.machine, self.settings
         interval_s = None if job else settings.interval_s  # what is not timed need not be sampled
-        samplers = [
-            Sampler(machine.gpus[gpu] if interval_s else None, -1, machine.baseline() if gpu == 0 else self._used(gpu))
-            for gpu in gpus
-        ]
+        samplers = [Sampler(machine.gpus[gpu] if interval_s else None, -1, machine.baseline(gpu)) for gpu in gpus]
         began = time.monotonic()
         try:
             worker = machine.starter.start(settings.task, environ)
@@ -353,10 +354,6 @@ class CaseWorkers:
         if job:
             conversation.say = lambda _: None
         return conversation
-
-    def _used(self, gpu: int) -> int:
-        nvml_gpu = self.machine.gpus[gpu]
-        return (nvml_gpu.used_bytes() or 0) if nvml_gpu else 0
 
 
 class _Conversation:

@@ -307,7 +307,7 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
 
 def _disturbed(runs: list[WorkerRun]) -> str | None:
     reasons = []
-    if others := sorted({pid for run in runs for pid in run.sampler.others}):
+    if others := sorted({pid for run in runs for one in (run, *run.peers) for pid in one.sampler.others}):
         reasons.append(f"other processes used the GPU meanwhile (pid {', '.join(str(pid) for pid in others)})")
     if again_s := sum(run.outcome.get("compiled_again_s", 0.0) for run in runs):
         reasons.append(f"torch.compile compiled again within the rounds, for {again_s:.1f} s")

@@ -58,7 +58,9 @@ def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
         found = [_on_gpu(model, case, capability, gpu) for gpu in range(gpus)]
     names = ("allocated_peak", "reserved_peak", "need")
     each = [{name: getattr(estimate, name) for name in names} for estimate in found]
-    return replace(max(found, key=lambda estimate: estimate.need), gpus=each)
+    highest = {name: max(gpu[name] for gpu in each) for name in names}
+    phases = {name: max(estimate.phases.get(name, 0) for estimate in found) for name in found[0].phases}
+    return replace(found[0], **highest, phases=phases, gpus=each)
 
 
 def _on_gpu(model: Model, case: Case, capability: float, gpu: int) -> Estimate:

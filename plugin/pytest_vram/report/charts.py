@@ -328,8 +328,8 @@ def _by_memory(facts: Facts) -> list[Workload]:
 
 
 def _known(choices: Iterable[Choice]) -> list[Choice]:
-    """Those whose required memory is known."""
-    return [choice for choice in choices if choice.required_bytes]
+    """Those for one GPU whose required memory is known."""
+    return [choice for choice in choices if choice.required_bytes and not choice.gpus]
 
 
 def _parts(choice: Choice) -> tuple[float, float, float]:

@@ -65,6 +65,8 @@ class Verdict:
 
 def judge(choice: Choice, card: Card) -> Verdict:
     """The verdict on one choice and one card, by the rule above."""
+    if choice.gpus:
+        return Verdict("no", choice, card, reason=f"it takes {len(choice.gpus)} GPUs")
     if lacking := card.lacks(choice.optimizations):
         return Verdict("unsupported", choice, card, reason=f"no {lacking} in hardware")
     need, usable = choice.need_bytes, card.usable_bytes
@@ -127,7 +129,7 @@ def _of_its_own(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
             if found := [verdict for verdict in verdicts if verdict.outcome == outcome]:
                 return _fastest(found)
         judged += verdicts
-    return min(judged, key=_known_best)
+    return min(judged or [judge(choice, card) for choice in evidence.tried(workload)], key=_known_best)
 
 
 def _in_order(workload: Workload, card: Card, evidence: Evidence) -> list[list[Choice]]:

@@ -94,6 +94,7 @@ class _ContextParallel(_SeveralGpus):
     """A process for each GPU with all of the pipeline; of the denoiser's tokens each has a part."""
 
     processes = True
+    excludes = _SeveralGpus.excludes | {"caches"}  # each process would decide by its own tokens, and wait for the other
     degree: ClassVar[str]
     backend: ClassVar[str] = ""  # that it needs; PyTorch's own choice cannot pass parts of a softmax on
 
@@ -110,10 +111,13 @@ class _ContextParallel(_SeveralGpus):
         for network in denoisers(pipe, denoiser):
             if getattr(network, "_cp_plan", None) is None:
                 raise Inapplicable(f"{self.name}: diffusers has no plan for {type(network).__name__}")
-            if self.backend:
-                network.set_attention_backend(self.backend)
             config = taken(diffusers, "ContextParallelConfig")(**{self.degree: self.gpus}, **more)
-            taken(network, "enable_parallelism")(config=config)
+            try:
+                if self.backend:
+                    network.set_attention_backend(self.backend)
+                taken(network, "enable_parallelism")(config=config)
+            except ValueError as error:  # as where the backend cannot be split
+                raise Inapplicable(f"{self.name}: {' '.join(str(error).split())}") from None
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         """That the denoiser ran as one of as many processes."""
@@ -153,4 +157,4 @@ class ContextParallelRing(_ContextParallel):
     summary = "two GPUs with half of the denoiser's tokens each; for attention keys and values go round"
     degree = "ring_degree"
     backend = "_native_flash"
-    excludes = _SeveralGpus.excludes | {"attention backends"}
+    excludes = _ContextParallel.excludes | {"attention backends"}
