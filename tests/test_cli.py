@@ -1,6 +1,7 @@
 """The command pytest-vram."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,25 @@ def test_models_and_optimizations_as_tables_and_as_json() -> None:
     assert "vae_tiling" in runner.invoke(app, ["optimizations"]).stdout
     rows = json.loads(runner.invoke(app, ["optimizations", "--json"]).stdout)
     assert [row["name"] for row in rows][:3] == ["fp32", "fp16", "bf16"]
+    assert all(row["call"] for row in rows)
+
+
+def test_one_optimization() -> None:
+    text = runner.invoke(app, ["optimizations", "int8_weight_only"]).stdout
+    for part in (
+        "TorchAoConfig(Int8WeightOnlyConfig())",
+        "torchao>=",
+        "diffusers>=",
+        "other precisions of the weights",
+    ):
+        assert part in text
+    assert re.search("^gpus +1$", text, re.MULTILINE)
+    one = json.loads(runner.invoke(app, ["optimizations", "attention_flash", "--json"]).stdout)
+    assert one["versions"][1:] == ["flash-attn"]
+    assert one["gpus"] == 1
+    wrong = runner.invoke(app, ["optimizations", "int8_weightonly"])
+    assert wrong.exit_code != 0
+    assert "did you mean 'int8_weight_only'" in str(wrong.exception)
 
 
 def test_doctor_says_what_is_missing_and_what_mends_it() -> None:

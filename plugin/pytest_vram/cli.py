@@ -3,19 +3,22 @@
 import json
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from packaging.requirements import Requirement
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pytest_vram.errors import UsageError, VramError
+from pytest_vram.errors import UsageError, VramError, unknown
 
 if TYPE_CHECKING:
     from pytest_vram.cases.models import Model
     from pytest_vram.compare.comparison import Comparison
+    from pytest_vram.pipelines.optimizations.base import Optimization
     from pytest_vram.report.render import Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What diffusion models cost on a GPU.")
@@ -141,36 +144,70 @@ def _architecture(model: "Model") -> str:
 
 
 @app.command()
-def optimizations(as_json: Json = False) -> None:
-    """The optimizations, in the order in which an id names them."""
+def optimizations(
+    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None, as_json: Json = False
+) -> None:
+    """The optimizations, in the order in which an id names them; with a name, one of them."""
+    from pytest_vram.pipelines.optimizations import OPTIMIZATIONS
+
+    if name is not None and name not in OPTIMIZATIONS:
+        raise UsageError(unknown("optimization", name, OPTIMIZATIONS))
+    rows = [_optimization(one) for one in OPTIMIZATIONS.values() if name in (None, one.name)]
+    if as_json:
+        typer.echo(json.dumps(rows[0] if name else rows, indent=1))
+    elif name is not None:
+        facts = rows[0] | {
+            "excludes": ", ".join(_excludes(OPTIMIZATIONS[name])),
+            "versions": " ".join(rows[0]["versions"]),
+        }
+        for key, value in facts.items():
+            said = ("no", "yes")[value] if isinstance(value, bool) else value
+            typer.echo(f"{key.replace('_', ' '):23}{said}".rstrip())
+    else:
+        lists = [
+            [one.name, one.summary, "yes" if one.exact else "", ", ".join(_excludes(one))]
+            for one in OPTIMIZATIONS.values()
+        ]
+        _show(["name", "what it does", "exact", "excludes"], lists)
+        typer.echo("exact: it should leave the image as it is; what every flag does to it is measured.")
+        typer.echo("`pytest-vram optimizations NAME` shows one, with the call that it stands for and what it needs.")
+
+
+def _optimization(one: "Optimization") -> dict[str, Any]:
+    from pytest_vram.pipelines.optimizations import excluded
+
+    return {
+        "name": one.name,
+        "summary": one.summary,
+        "call": one.call,
+        "exact": one.exact,
+        "excludes": list(excluded(one.name)),
+        "needs_gpu": one.needs_gpu,
+        "gpus": one.gpus,
+        "needs_trained_weights": one.trained,
+        "package": one.package,
+        "versions": _versions("diffusers", one.package),
+    }
+
+
+def _versions(*packages: str) -> list[str]:
+    """What of these this package asks for, as pip writes it."""
+    specs: dict[str, str] = {}
+    for text in metadata.requires("pytest-vram") or ():
+        asked = Requirement(text)
+        specs.setdefault(asked.name, f"{asked.name}{asked.specifier}")
+    return [specs.get(name, name) for name in packages if name]
+
+
+def _excludes(one: "Optimization") -> list[str]:
+    """What it excludes, by kind where a flag excludes all of one."""
     from pytest_vram.pipelines.optimizations import OPTIMIZATIONS, excluded
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": o.name,
-            "summary": o.summary,
-            "exact": o.exact,
-            "excludes": list(excluded(o.name)),
-            "needs_gpu": o.needs_gpu,
-            "gpus": o.gpus,
-            "needs_trained_weights": o.trained,
-        }
-        for o in OPTIMIZATIONS.values()
-    ]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-    else:
-        lines = []
-        for o in OPTIMIZATIONS.values():
-            same = f"other {o.one_of}" if o.one_of else ""
-            others = {name: OPTIMIZATIONS[name].one_of for name in excluded(o.name)}
-            left = {other.one_of for name, other in OPTIMIZATIONS.items() if name not in others and name != o.name}
-            kinds = {name: kind for name, kind in others.items() if kind is None or kind != o.one_of}
-            said = [name if kind is None or kind in left else kind for name, kind in kinds.items()]
-            excludes = ", ".join(filter(None, dict.fromkeys([same, *said])))
-            lines.append([o.name, o.summary, "yes" if o.exact else "", excludes])
-        _show(["name", "what it does", "exact", "excludes"], lines)
-        typer.echo("exact: it should leave the image as it is; what every flag does to it is measured.")
+    others = {name: OPTIMIZATIONS[name].one_of for name in excluded(one.name)}
+    left = {other.one_of for name, other in OPTIMIZATIONS.items() if name not in others and name != one.name}
+    kinds = {name: kind for name, kind in others.items() if kind is None or kind != one.one_of}
+    said = [name if kind is None or kind in left else kind for name, kind in kinds.items()]
+    return list(dict.fromkeys([*([f"other {one.one_of}"] if one.one_of else []), *said]))
 
 
 @app.command()

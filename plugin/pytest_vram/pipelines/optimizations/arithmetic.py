@@ -22,24 +22,28 @@ class _Dtype(Optimization):
 
 class Fp32(_Dtype):
     name = "fp32"
+    call = "DiffusionPipeline.from_pretrained(model, dtype=torch.float32)"
     summary = "weights and arithmetic in float32"
     dtype = "float32"
 
 
 class Fp16(_Dtype):
     name = "fp16"
+    call = "DiffusionPipeline.from_pretrained(model, dtype=torch.float16)"
     summary = "weights and arithmetic in float16"
     dtype = "float16"
 
 
 class Bf16(_Dtype):
     name = "bf16"
+    call = "DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16)"
     summary = "weights and arithmetic in bfloat16"
     dtype = "bfloat16"
 
 
 class ChannelsLast(Optimization):
     name = "channels_last"
+    call = "pipe.unet.to(memory_format=torch.channels_last), and the VAE"
     exact = True
     summary = "the convolutions of denoiser and VAE in NHWC memory format"
 
@@ -65,6 +69,7 @@ class ChannelsLast(Optimization):
 
 class FusedQkv(Optimization):
     name = "fused_qkv"
+    call = "pipe.transformer.fuse_qkv_projections()"
     exact = True
     summary = "query, key and value of the denoiser's attention as one matrix product; the old weights stay"
     excludes = frozenset({"attention_slicing"})  # each puts attention processors of its own in place
@@ -83,6 +88,7 @@ class FusedQkv(Optimization):
 
 class Tf32(Optimization):
     name = "tf32"
+    call = "torch.backends.cuda.matmul.allow_tf32 = True"
     summary = "matrix products of float32 in TensorFloat-32, in half precision of what is kept in float32"
     needs_gpu = True
 

@@ -9,6 +9,7 @@ from pytest_vram.pipelines.optimizations.base import Optimization, Seen, denoise
 
 class AttentionSlicing(Optimization):
     name = "attention_slicing"
+    call = "pipe.enable_attention_slicing()"
     one_of = "attention backends"  # its processors replace those that ask for a backend
     exact = True
     summary = "attention in slices of heads; it replaces the fused attention, so check that it saves anything"
@@ -28,8 +29,6 @@ class _Attention(Optimization):
     """A backend of diffusers' attention; models whose attention does not ask for one ignore it."""
 
     backend: ClassVar[str]
-    package: ClassVar[str] = ""  # that it needs
-    install: ClassVar[str] = ""  # the command that brings it
     needs_gpu = True
     one_of = "attention backends"
 
@@ -38,8 +37,8 @@ class _Attention(Optimization):
             try:
                 taken(network, "set_attention_backend")(self.backend)
             except (RuntimeError, ImportError) as error:  # what it needs is not here, or too old
-                missing = self.package and find_spec(self.package) is None
-                why = f"it needs a package: {self.install}" if missing else " ".join(str(error).split())
+                missing = self.package and find_spec(self.package.replace("-", "_")) is None
+                why = f"it needs a package: pip install {self.package}" if missing else " ".join(str(error).split())
                 raise Inapplicable(f"{self.name}: {why}") from None
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
@@ -57,47 +56,51 @@ class _Attention(Optimization):
 
 class AttentionNativeMath(_Attention):
     name = "attention_native_math"
+    call = 'pipe.transformer.set_attention_backend("_native_math")'
     backend = "_native_math"
     summary = "PyTorch's attention without a fused kernel: what a fused one saves"
 
 
 class AttentionNativeEfficient(_Attention):
     name = "attention_native_efficient"
+    call = 'pipe.transformer.set_attention_backend("_native_efficient")'
     backend = "_native_efficient"
     summary = "PyTorch's memory-efficient kernel"
 
 
 class AttentionNativeFlash(_Attention):
     name = "attention_native_flash"
+    call = 'pipe.transformer.set_attention_backend("_native_flash")'
     backend = "_native_flash"
     summary = "PyTorch's FlashAttention kernel"
 
 
 class AttentionNativeCudnn(_Attention):
     name = "attention_native_cudnn"
+    call = 'pipe.transformer.set_attention_backend("_native_cudnn")'
     backend = "_native_cudnn"
     summary = "cuDNN's fused kernel"
 
 
 class AttentionFlash(_Attention):
     name = "attention_flash"
+    call = 'pipe.transformer.set_attention_backend("flash")'
     backend = "flash"
-    package = "flash_attn"
-    install = "pip install flash-attn"
+    package = "flash-attn"
     summary = "FlashAttention 2 of the package flash-attn"
 
 
 class AttentionSage(_Attention):
     name = "attention_sage"
+    call = 'pipe.transformer.set_attention_backend("sage")'
     backend = "sage"
     package = "sageattention"
-    install = "pip install sageattention"
     summary = "SageAttention, in 8 bits"
 
 
 class AttentionXformers(_Attention):
     name = "attention_xformers"
+    call = 'pipe.transformer.set_attention_backend("xformers")'
     backend = "xformers"
     package = "xformers"
-    install = "pip install xformers"
     summary = "xFormers' memory-efficient kernel"

@@ -18,7 +18,9 @@ class Optimization:
     """One flag. The defaults are those of a flag that changes the finished pipeline and nothing else."""
 
     name: ClassVar[str]
+    call: ClassVar[str]  # as people write it themselves
     summary: ClassVar[str]
+    package: ClassVar[str] = ""  # that it needs beside diffusers, as pip names it
     excludes: ClassVar[frozenset[str]] = frozenset()  # flags, or what they are one of
     one_of: ClassVar[str | None] = None  # of the flags that are one of the same a case has one
     dtype: ClassVar[str | None] = None

@@ -61,12 +61,14 @@ class _Counts:
 
 class CacheFirstBlock(_Cache):
     name = "cache_first_block"
+    call = "pipe.transformer.enable_cache(FirstBlockCacheConfig())"
     summary = "FirstBlockCache: the rest is left out where the first block's output hardly changed"
     config = "FirstBlockCacheConfig"
 
 
 class CachePyramidAttention(_Cache):
     name = "cache_pyramid_attention"
+    call = "pipe.transformer.enable_cache(PyramidAttentionBroadcastConfig(...))"
     summary = "Pyramid Attention Broadcast: attention is computed in every other step"
     config = "PyramidAttentionBroadcastConfig"
     options = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (100, 800)}
@@ -75,6 +77,7 @@ class CachePyramidAttention(_Cache):
 
 class CacheFaster(_Cache):
     name = "cache_faster"
+    call = "pipe.transformer.enable_cache(FasterCacheConfig(...))"
     summary = "FasterCache: attention and the unconditional branch are computed in some steps"
     config = "FasterCacheConfig"
     by_timestep = True
@@ -85,6 +88,7 @@ class CacheFaster(_Cache):
 
 class CacheTaylorSeer(_Cache):
     name = "cache_taylorseer"
+    call = "pipe.transformer.enable_cache(TaylorSeerCacheConfig())"
     summary = "TaylorSeer: outputs are predicted from those of earlier steps"
     config = "TaylorSeerCacheConfig"
 
@@ -93,6 +97,7 @@ class CacheMag(_Cache):
     """Its ratios are measured for a model; diffusers has those of FLUX.1."""
 
     name = "cache_mag"
+    call = "pipe.transformer.enable_cache(MagCacheConfig(mag_ratios=..., num_inference_steps=...))"
     summary = "MagCache: steps are left out in which the output's magnitude is known to change little"
     config = "MagCacheConfig"
 

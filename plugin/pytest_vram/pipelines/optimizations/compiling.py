@@ -65,6 +65,7 @@ class _Compiled(Optimization):
 
 class Compile(_Compiled):
     name = "compile"
+    call = "pipe.transformer.compile(fullgraph=True)"
     summary = "the denoiser compiled as a whole by torch.compile: the most is fused, and compiling takes longest"
 
     def regions(self, network: Any) -> "list[torch.nn.Module]":
@@ -80,6 +81,7 @@ class Compile(_Compiled):
 
 class CompileBlocks(_Compiled):
     name = "compile_blocks"
+    call = "pipe.transformer.compile_repeated_blocks(fullgraph=True)"
     summary = "the denoiser's repeated blocks compiled by torch.compile, once for all that are alike"
 
     def regions(self, network: Any) -> "list[torch.nn.Module]":

@@ -41,6 +41,7 @@ class _Elsewhere(Optimization):
 
 class TextEncodersOnCpu(_Elsewhere):
     name = "text_encoders_on_cpu"
+    call = 'pipe.encode_prompt(..., device="cpu"), then pipe(prompt_embeds=...)'
     summary = "the text encoders stay in host memory and run on the CPU; their outputs go to the GPU"
     needs_gpu = True
 
@@ -94,6 +95,7 @@ class TextEncodersDropped(_Elsewhere):
     encodes, and the denoiser and the VAE come where it reaches the denoiser; later calls get the embeddings kept."""
 
     name = "text_encoders_dropped"
+    call = "pipe.encode_prompt(...), del pipe.text_encoder, then pipe(prompt_embeds=...)"
     summary = "prompts are encoded once, by the first call; then the text encoders go, and the other networks come"
     exact = True
 

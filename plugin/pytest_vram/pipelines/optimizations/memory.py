@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 class ModelOffload(Optimization):
     name = "model_offload"
+    call = "pipe.enable_model_cpu_offload()"
     exact = True
     summary = "one network at a time on the GPU, the others in host memory"
     one_of = "offloads"
@@ -47,6 +48,7 @@ class ModelOffload(Optimization):
 
 class SequentialOffload(Optimization):
     name = "sequential_offload"
+    call = "pipe.enable_sequential_cpu_offload()"
     exact = True
     summary = "one layer at a time on the GPU, everything else in host memory: the least VRAM, the most time"
     one_of = "offloads"
@@ -132,18 +134,21 @@ class _GroupOffload(Optimization):
 
 class GroupOffloadBlock(_GroupOffload):
     name = "group_offload_block"
+    call = 'pipe.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1)'
     summary = "one block of a network at a time on the GPU"
     leaf = False
 
 
 class GroupOffloadLeaf(_GroupOffload):
     name = "group_offload_leaf"
+    call = 'pipe.enable_group_offload(device, offload_type="leaf_level")'
     summary = "one layer at a time on the GPU"
     leaf = True
 
 
 class GroupOffloadBlockStream(_GroupOffload):
     name = "group_offload_block_stream"
+    call = 'pipe.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=True)'
     summary = "one block of a network at a time on the GPU, the next one copied meanwhile; host memory is pinned"
     leaf = False
     stream = True
@@ -151,6 +156,7 @@ class GroupOffloadBlockStream(_GroupOffload):
 
 class GroupOffloadLeafStream(_GroupOffload):
     name = "group_offload_leaf_stream"
+    call = 'pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True)'
     summary = "one layer at a time on the GPU, the next one copied meanwhile; host memory is pinned"
     leaf = True
     stream = True
@@ -196,18 +202,24 @@ class _GroupOffloadDisk(_GroupOffload):
 
 class GroupOffloadBlockDisk(_GroupOffloadDisk):
     name = "group_offload_block_disk"
+    call = (
+        'pipe.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, '
+        "offload_to_disk_path=folder)"
+    )
     summary = "one block of a network at a time on the GPU, read from a file each time; host memory holds none"
     leaf = False
 
 
 class GroupOffloadLeafDisk(_GroupOffloadDisk):
     name = "group_offload_leaf_disk"
+    call = 'pipe.enable_group_offload(device, offload_type="leaf_level", offload_to_disk_path=folder)'
     summary = "one layer at a time on the GPU, read from a file each time; host memory holds none"
     leaf = True
 
 
 class ExpandableSegments(Optimization):
     name = "expandable_segments"
+    call = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
     exact = True
     summary = "PyTorch's allocator grows its segments in place, so that less is lost to fragmentation"
     environ = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}

@@ -23,6 +23,7 @@ class _SeveralGpus(Optimization):
 
 class DeviceMapBalanced(_SeveralGpus):
     name = "device_map_balanced"
+    call = 'DiffusionPipeline.from_pretrained(model, device_map="balanced")'
     summary = "the networks are spread over two GPUs, each on one of them"
     excludes = _SeveralGpus.excludes | {"precisions of the weights"}  # it goes by the weights' bytes
     exact = True
@@ -148,12 +149,14 @@ class _ContextParallel(_SeveralGpus):
 
 class ContextParallelUlysses(_ContextParallel):
     name = "context_parallel_ulysses"
+    call = "pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))"
     summary = "two GPUs with half of the denoiser's tokens each; for attention with half of the heads each"
     degree = "ulysses_degree"
 
 
 class ContextParallelRing(_ContextParallel):
     name = "context_parallel_ring"
+    call = "pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))"
     summary = "two GPUs with half of the denoiser's tokens each; for attention keys and values go round"
     degree = "ring_degree"
     backend = "_native_flash"

@@ -18,6 +18,7 @@ GGUF_ELEMENTS = 1 << 23  # quantized at a time: in float32, of which a few copie
 
 class LayerwiseCasting(Optimization):
     name = "layerwise_casting"
+    call = "pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)"
     summary = "the denoiser's weights rest in float8 and are cast, layer by layer, when they are used"
     one_of = "precisions of the weights"
     excludes = frozenset({"sequential_offload", "fused_qkv"})
@@ -38,7 +39,6 @@ class LayerwiseCasting(Optimization):
 class _Quantized(Optimization):
     """The weights of the denoiser's linear layers, each as it comes; what is kept in float32 stays so."""
 
-    package: ClassVar[str]
     one_of = "precisions of the weights"
     excludes = frozenset({
         "sequential_offload", "fused_qkv",
@@ -132,12 +132,14 @@ class _Torchao(_Quantized):
 
 class Int8WeightOnly(_Torchao):
     name = "int8_weight_only"
+    call = "TorchAoConfig(Int8WeightOnlyConfig())"
     summary = "the weights of the denoiser's linear layers in int8, by torchao"
     config = "Int8WeightOnlyConfig"
 
 
 class Fp8WeightOnly(_Torchao):
     name = "fp8_weight_only"
+    call = "TorchAoConfig(Float8WeightOnlyConfig())"
     summary = "the weights of the denoiser's linear layers in float8, by torchao"
     config = "Float8WeightOnlyConfig"
 
@@ -175,6 +177,7 @@ class Int4WeightOnly(_OfCapability):
     multiple of the group of 128 stay as they are."""
 
     name = "int4_weight_only"
+    call = 'TorchAoConfig(Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d"))'
     summary = "the weights of the denoiser's linear layers in int4, by torchao, for PyTorch's tinygemm kernels"
     config = "Int4WeightOnlyConfig"
     options = {"int4_packing_format": "tile_packed_to_4d"}
@@ -194,6 +197,7 @@ class Fp8Dynamic(_OfCapability):
     16 stay as they are."""
 
     name = "fp8_dynamic"
+    call = "TorchAoConfig(Float8DynamicActivationFloat8WeightConfig())"
     summary = "weights and inputs of the denoiser's linear layers in float8, multiplied as such, by torchao"
     config = "Float8DynamicActivationFloat8WeightConfig"
     capability = 8.9
@@ -218,6 +222,7 @@ class _BitsAndBytes(_Quantized):
 
 class Bnb8Bit(_BitsAndBytes):
     name = "bnb_8bit"
+    call = "BitsAndBytesConfig(load_in_8bit=True)"
     summary = "weights and inputs of the denoiser's linear layers in int8, outliers apart, by bitsandbytes"
     # Module.to() leaves behind what belongs to the weight, and these move networks later than `apply`
     excludes = _BitsAndBytes.excludes | {"offloads", "text_encoders_dropped"}
@@ -245,6 +250,7 @@ class Bnb8Bit(_BitsAndBytes):
 
 class Bnb4Bit(_BitsAndBytes):
     name = "bnb_4bit"
+    call = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)'
     summary = "the weights of the denoiser's linear layers in NF4, by bitsandbytes"
 
     def replace(self, linear: "torch.nn.Linear", dtype: "torch.dtype") -> Any:
@@ -265,6 +271,7 @@ class QuantoInt8(_Quantized):
     """As diffusers' QuantoConfig does it. In int4 quanto compiles a kernel where it is first used."""
 
     name = "quanto_int8"
+    call = 'QuantoConfig(weights_dtype="int8")'
     summary = "the weights of the denoiser's linear layers in int8, by optimum-quanto"
     package = "optimum-quanto"
 
@@ -325,12 +332,14 @@ class _Gguf(_Quantized):
 
 class GgufQ80(_Gguf):
     name = "gguf_q8_0"
+    call = "Transformer.from_single_file(file_in_q8_0, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype))"
     summary = "the weights of the denoiser's linear layers in GGUF's Q8_0, taken apart layer by layer by diffusers"
     kinds = ("Q8_0",)
 
 
 class GgufQ4K(_Gguf):
     name = "gguf_q4_k"
+    call = "Transformer.from_single_file(file_in_q4_k, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype))"
     summary = "the weights of the denoiser's linear layers in GGUF's Q4_K, taken apart layer by layer by diffusers"
     kinds = ("Q4_K", "Q5_0")  # the second where rows are no multiple of 256, as llama.cpp's quantizer falls back
 

@@ -18,6 +18,7 @@ TINY_VAES = {  # latent channels and scaling factor of the VAE that each replace
 
 class VaeSlicing(Optimization):
     name = "vae_slicing"
+    call = "pipe.vae.enable_slicing()"
     exact = True
     summary = "the VAE decodes one image of the batch at a time"
 
@@ -33,6 +34,7 @@ class VaeSlicing(Optimization):
 
 class VaeTiling(Optimization):
     name = "vae_tiling"
+    call = "pipe.vae.enable_tiling()"
     exact = True
     summary = "the VAE decodes overlapping tiles; nothing happens below its tile size"
 
@@ -46,6 +48,7 @@ class VaeTiling(Optimization):
 
 class TinyVae(Optimization):
     name = "tiny_vae"
+    call = 'pipe.vae = AutoencoderTiny.from_pretrained("madebyollin/taesdxl")'
     summary = "a distilled VAE of a few megabytes in place of the model's own; another image"
     replaces = True
 
