@@ -371,10 +371,11 @@ def test_weights_under_layerwise_casting_are_the_same_but_for_rounding(tiny: Mod
 
 
 ALONE = {"compilations"}  # minutes of Inductor: tests/pipelines/test_compiling.py has some
+ALIKE = {"fp8_weight_only", "bnb_4bit", "quanto_int8", "gguf_q8_0"}  # each goes the way of another
 PAIRS = [
     (one, other)
     for one, other in itertools.combinations(
-        [n for n, o in OPTIMIZATIONS.items() if not (o.dtype or o.trained or o.one_of in ALONE)], 2
+        [n for n, o in OPTIMIZATIONS.items() if not (o.dtype or o.trained or o.one_of in ALONE or n in ALIKE)], 2
     )
     if impossible(("fp32", one, other), "cpu") is None
 ]

@@ -95,7 +95,7 @@ class Tf32(Optimization):
     def apply(self, pipe: Any, denoiser: str) -> None:
         import torch
 
-        if torch.cuda.get_device_capability() < (8, 0):
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             raise Inapplicable(f"{self.name}: this GPU has no TensorFloat-32; compute capability 8.0 and up do")
         torch.backends.cuda.matmul.allow_tf32 = True
 
