@@ -320,6 +320,7 @@ class CaseWorkers:
                 first.worker.channel.send({**self.job, **job})
                 first.hold(cap, [0])
             except Closed:
+                first.lost = True
                 first.fail("error", _died(first.worker, first.phase))
             for thread in threads:
                 thread.join(FOLLOW_S if first.run.done else 0)
@@ -328,6 +329,8 @@ class CaseWorkers:
                 lost = next(peer for peer in first.run.peers if not peer.done)
                 late = {"event": "failed", "status": "error", "message": "the process on another GPU did not finish"}
                 first.run.outcome = dict(lost.outcome) or late
+            for other in (other for other in others if other.lost and not first.lost):
+                first.run.outcome["message"] = f"on another GPU {_died(other.worker, other.phase)}"
             return first.run
         finally:
             for one in begun:
@@ -367,6 +370,7 @@ class _Conversation:
         self.phase: str | None = "load"
         self.rounds: int | None = None
         self.found: Message = {}
+        self.lost = False  # the worker is gone
         self.others: list[_Conversation] = []  # with the workers that run the pipeline together with this one
 
     def follow(self, job: Message, cap: int | None) -> None:
@@ -375,6 +379,7 @@ class _Conversation:
             self.worker.channel.send(job)
             self.hold(cap, [0])
         except (Closed, OSError):
+            self.lost = True  # why, the thread that started the worker finds out
             self.fail("error", "the process on another GPU ended")
 
     def hold(self, cap: int | None, capped: Sequence[int]) -> None:
