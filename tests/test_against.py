@@ -462,11 +462,11 @@ def interrupted(world: World) -> tuple[Session, list[psutil.Process]]:
 def of_the_base(process: "subprocess.Popen[bytes]", checkout: Path) -> list[psutil.Process]:
     """All descendants of a session, once pytest in this checkout has a fork server and a worker."""
     try:
-        found = psutil.Process(process.pid).children(recursive=True)
-        for child in found:
+        session = psutil.Process(process.pid)
+        for child in session.children(recursive=True):
             if f"--rootdir={checkout / 'app'}" in child.cmdline() and len(child.children(recursive=True)) == 2:
                 time.sleep(0.2)  # the worker is in its call
-                return found
+                return session.children(recursive=True)
     except psutil.Error:
         pass
     return []
