@@ -319,7 +319,8 @@ def test_the_head_gets_as_many_workers_as_a_verdict_takes(against_stored: Sessio
 
 def test_host_memory_that_grew(against_stored: Session) -> None:
     change = against_stored.change("holds", "memory.host_peak_bytes")
-    assert (change.verdict, against_stored.change("holds").verdict) == ("worse", "same")
+    assert change.verdict == "worse"
+    assert against_stored.change("holds").verdict in ("same", "ambiguous"), "filling memory takes its own time"
     assert change.base is not None
     assert change.head is not None
     assert change.head - change.base > 390 * MIB
