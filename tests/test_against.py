@@ -66,8 +66,9 @@ def steady(linear):
     return take(linear, 10.0)
 
 def holds(linear):
+    began = _real()
     linear.held = b"1" * (HELD_MIB << 20)
-    return take(linear, 10.0)
+    return take(linear, 10.0 - (_real() - began))  # filling memory takes its own time
 
 def breaks(linear):
     if BROKEN:
@@ -319,8 +320,7 @@ def test_the_head_gets_as_many_workers_as_a_verdict_takes(against_stored: Sessio
 
 def test_host_memory_that_grew(against_stored: Session) -> None:
     change = against_stored.change("holds", "memory.host_peak_bytes")
-    assert change.verdict == "worse"
-    assert against_stored.change("holds").verdict in ("same", "ambiguous"), "filling memory takes its own time"
+    assert (change.verdict, against_stored.change("holds").verdict) == ("worse", "same")
     assert change.base is not None
     assert change.head is not None
     assert change.head - change.base > 390 * MIB
