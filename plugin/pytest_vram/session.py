@@ -2,68 +2,33 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pytest_vram.against import FOLDER, Base, BaseOptions, save
-from pytest_vram.cases.case import AnyCase, Case, OwnCase, Weights
-from pytest_vram.cases.models import Model, is_folder, model_from_folder, names_with_aliases, read_models
-from pytest_vram.cases.shard import Shard
-from pytest_vram.cases.sweep import Overrides, expand, read_sweep, read_thresholds
+from pytest_vram.against import Base, save
+from pytest_vram.cases.case import AnyCase
+from pytest_vram.cases.models import names_with_aliases
+from pytest_vram.cases.sweep import read_thresholds
 from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
-from pytest_vram.compare.timing import WORKERS, Again
+from pytest_vram.compare.timing import Again
+from pytest_vram.confirming import Confirmation
 from pytest_vram.errors import UsageError
 from pytest_vram.measure import environment
-from pytest_vram.measure.again import top_of
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.exactness import References
 from pytest_vram.measure.job import job_of, own_job
-from pytest_vram.measure.machine import Device, Machine, start_machine
-from pytest_vram.measure.measurement import SEARCH_INTERRUPTED, CaseInterrupted, Estimated, Settings, measure
+from pytest_vram.measure.machine import Machine, start_machine
+from pytest_vram.measure.measurement import CaseInterrupted, Estimated, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
-from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
-from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
-from pytest_vram.records.files import Journal, folder_of, new_path, unfinished
+from pytest_vram.pipelines.optimizations import impossible
+from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
+from pytest_vram.records.files import Journal, folder_of, new_path
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import Record, Run
-
-PACKAGED_MATRIX = Path(__file__).parent / "cases" / "matrix.toml"
-SAME_TO_RESUME = ("gpu", "driver", "torch", "cuda", "diffusers", "transformers", "accelerate", "commit", "dirty")
-DONE = ("ok", "oom", "skipped")  # a resumed sweep tries everything else again
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line, parsed once."""
-
-    device: Device = "meta"
-    matrix: Path | None = None
-    sweep: str = "default"
-    overrides: Overrides = field(default_factory=Overrides)
-    weights: Weights = "random"
-    limit_bytes: int | None = None
-    settings: Settings = field(default_factory=Settings)
-    results: Path = Path("results")
-    shard: Shard | None = None
-    resume: bool = False
-    allow_shared: bool = False
-    name_host: bool = False
-    estimate: bool = True
-    base: BaseOptions | None = None
-    tests: tuple[str, ...] = ()
-    selection: Mapping[str, Any] = field(default_factory=dict)  # pytest's own options that leave tests out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One case and the model it names."""
-
-    case: Case
-    model: Model
+from pytest_vram.resuming import known, newest_unfinished, resumable
 
 
 class SweepSession:
@@ -107,48 +72,9 @@ class SweepSession:
         beside = test_folder / "matrix.toml"
         matrix = self.options.matrix or (beside if beside.is_file() else PACKAGED_MATRIX)
         if matrix not in self._plans:
-            self._plans[matrix] = self._read(matrix)
+            self._plans[matrix] = read_plans(matrix, self.options)
             self._thresholds |= dict.fromkeys((p.case.id for p in self._plans[matrix]), read_thresholds(matrix))
         return self._plans[matrix]
-
-    def _read(self, matrix: Path) -> list[Plan]:
-        options = self.options
-        models = read_models(matrix.parent / "models")
-        overrides = options.overrides
-        if overrides.models is not None:
-            folders = [name for name in overrides.models if is_folder(name)]
-            overrides = self._with_folders(overrides, folders, models)
-        sweep = read_sweep(matrix, options.sweep)
-        cases = expand(
-            sweep,
-            f"{matrix}: sweeps.{options.sweep}",
-            models,
-            parse_optimizations,
-            overrides,
-            weights=options.weights,
-            limit_bytes=options.limit_bytes,
-        )
-        plans = [Plan(case, models[case.model]) for case in cases]
-        if options.weights == "pretrained":
-            for model in {plan.model.name: plan.model for plan in plans}.values():
-                if is_folder(model.hub_id) and Path(model.hub_id).exists():
-                    model_from_folder(Path(model.hub_id))  # says what is missing before anything runs
-        return plans
-
-    def _with_folders(self, overrides: Overrides, folders: Sequence[str], models: dict[str, Model]) -> Overrides:
-        """The saved pipelines among the models, folders and hub ids, made known under their own names."""
-        names = {}
-        for folder in folders:
-            trained = self.options.weights == "pretrained"
-            if is_hub_id(folder):
-                model = model_from_hub(folder)
-            else:
-                model = model_from_folder(Path(folder), with_weights=trained)
-            from pytest_vram.pipelines.build import with_call_defaults  # imports diffusers, which few sweeps need here
-
-            models[model.name] = with_call_defaults(model)
-            names[folder] = model.name
-        return replace(overrides, models=tuple(names.get(name, name) for name in overrides.models or ()))
 
     def take_shard(self, ids: Iterable[str], own: Iterable[str]) -> set[str]:
         """Those cases of this shard's, by id; `own` are the node ids of tests that measure pipelines of their own.
@@ -209,8 +135,8 @@ class SweepSession:
         except BaseException:
             self.abandon()
             raise
-        known = self.journal.records if self.journal else {}
-        wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
+        records = self.journal.records if self.journal else {}
+        wanted = [plan.case for plan in self.planned if known(records, plan.case) is None]
         if options.device != "meta":
             self.references = References(wanted)
         if options.device != "cpu" and options.estimate:
@@ -223,7 +149,7 @@ class SweepSession:
     def _read_own_thresholds(self, own: Iterable[str]) -> None:
         """Those of the matrix beside a test with a pipeline of its own, or of the one that was named."""
         for node_id in own if self.options.base else ():
-            beside = self.root / _split(node_id)[0]
+            beside = self.root / split_node_id(node_id)[0]
             matrix = self.options.matrix or beside.parent / "matrix.toml"
             if self.options.matrix or matrix.is_file():
                 self._thresholds[self.own_id(node_id)] = read_thresholds(matrix)
@@ -251,7 +177,7 @@ class SweepSession:
         folder = self._folder(facts)
         path = None
         if options.resume:
-            path, records = self._resumable(folder, run)
+            path, records = resumable(folder, run, options.shard, self.planned)
             run = run.model_copy(update={"records": records})
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
         self.journal = Journal(path or new_path(folder, run.environment), run)
@@ -291,52 +217,15 @@ class SweepSession:
             return
         self.say("the base")
         described = self._described(facts)
-        resumed, _ = (options.resume and self._unfinished(self._folder(facts))) or (None, None)
+        resumed, _ = (options.resume and newest_unfinished(self._folder(facts), options.shard)) or (None, None)
         self.base = Base(options.base, described, options.results, self.root, self._thresholds, resumed)
         self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned}, set(self._cases))
-
-    def _unfinished(self, folder: Path) -> tuple[Path, Run] | None:
-        """The newest unfinished run of this folder, and its file: of this shard, if there is one."""
-        found = list(unfinished(folder))
-        shard = str(self.options.shard) if self.options.shard else None
-        return next((one for one in found if _shard(one[1]) == shard), next(iter(found), None))
-
-    def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
-        """The newest unfinished run of this folder, and its records that need not be made again."""
-        found, old = self._unfinished(folder) or (None, run)
-        if found is None:
-            raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
-        if (shard := _shard(old)) != _shard(run):
-            what = f"shard {shard}; give --vram-shard {shard}, or" if shard else "no shard;"
-            raise UsageError(f"--vram-resume: {found} is {what} leave --vram-resume out to start a new run")
-        for key in SAME_TO_RESUME:
-            if old.environment.get(key) != run.environment.get(key):
-                raise UsageError(
-                    f"--vram-resume: {found} was made with {key} {old.environment.get(key)}, "
-                    f"this is {run.environment.get(key)}; leave --vram-resume out to start a new run"
-                )
-        if old.sweep != run.sweep:
-            raise UsageError(f"--vram-resume: {found} is of the sweep {old.sweep!r}; give --vram-sweep {old.sweep}")
-        if old.options.get("cases") != run.options.get("cases"):
-            raise UsageError(f"--vram-resume: {found} is a shard of other cases; give the same options")
-        planned = {plan.case.id: plan.case for plan in self.planned}
-        for record in old.records:
-            if planned.get(record.id, record.case) != record.case:
-                raise UsageError(
-                    f"--vram-resume: {found} measured {record.id} with other steps or weights; give the same options"
-                )
-        return found.with_suffix(".json"), [record for record in old.records if _is_done(record)]
-
-    @staticmethod
-    def _known(records: dict[str, Record], case: AnyCase) -> Record | None:
-        record = records.get(case.id)
-        return record if record is not None and record.case == case and _is_done(record) else None
 
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
         assert self.machine is not None
-        if self.journal and (known := self._known(self.journal.records, plan.case)):
-            return known
+        if self.journal and (record := known(self.journal.records, plan.case)):
+            return record
         if self.options.device == "meta":
             return self._estimate(plan)
         outcome: dict[str, Any] = {}
@@ -346,12 +235,9 @@ class SweepSession:
         record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
         return with_estimate(record, outcome) if outcome else record
 
-    def _own_case(self, model: str, test: str, build: str = "-", call: str = "-") -> OwnCase:
-        return OwnCase(model=model, test=test, build=build, call=call, limit_bytes=self.options.limit_bytes)
-
     def own_id(self, node_id: str) -> str:
         """The id of the case that a test with a pipeline of its own measures."""
-        return self._own_case(*_split(node_id)).id
+        return own_case(node_id, self.options.limit_bytes).id
 
     def run_own(self, node_id: str, number: int, build: Callable[..., Any], call: Callable[..., Any]) -> Record:
         """The record of the pipeline that a test's own functions build and call, the `number`-th of this test.
@@ -360,13 +246,12 @@ class SweepSession:
             UsageError: when the functions cannot travel to a worker.
         """
         assert self.machine is not None
-        model, test = _split(node_id)
-        test += f"#{number}" if number > 1 else ""
         functions = described(build, "build"), described(call, "call")
-        case = self._own_case(model, test, *(readable(function, self.root) for function in functions))
+        names = [readable(function, self.root) for function in functions]
+        case = own_case(node_id, self.options.limit_bytes, number, *names)
         self.expected.add(case.id)
-        if self.journal and self._same_code() and (known := self._known(self.journal.records, case)):
-            return known
+        if self.journal and self._same_code() and (record := known(self.journal.records, case)):
+            return record
         return self._measure(case, own_job(case, *functions, self.machine.environ), None)
 
     def _same_code(self) -> bool:
@@ -406,7 +291,7 @@ class SweepSession:
         """A test was skipped before it measured: its case is none of this run's."""
         if node_id in self.case_ids:
             self.expected.discard(self.case_ids[node_id])
-        elif all(_split(node_id)):
+        elif all(split_node_id(node_id)):
             self.expected.discard(self.own_id(node_id))
 
     def rest_s(self) -> float:
@@ -448,7 +333,7 @@ class SweepSession:
         stopped = None
         try:
             if not interrupted and self.options.device != "meta":
-                again, notes = self._again(head)
+                again, notes = self._confirmation(self.base).again(head)
         except KeyboardInterrupt as interrupt:
             stopped = interrupt
             notes = ["interrupted while times were measured again"]
@@ -459,64 +344,8 @@ class SweepSession:
         if stopped:
             raise stopped
 
-    def _again(self, head: ReadRun) -> tuple[dict[str, Again], list[str]]:
-        """Fresh workers for the cases that look slower: of both sides, or of the head's alone."""
-        assert self.base
-        assert self.run_path
-        names = self.base.flagged(head)
-        if self.base.checkout is not None:
-            models = {record.id: record.case.model for record in head.records}
-            tests = {name: self.node_ids[name] for name in names if name in self.node_ids}
-            installed = [name for name in tests if self.base.checkout.shared and self._is_installed(name)]
-            tests = {name: node for name, node in tests.items() if name not in installed}
-            folder = (self.run_path.parent / FOLDER / self.run_path.stem).absolute()
-            timeout_s = self.options.settings.timeout_s
-            again, notes = self.base.measure_again(tests, models, self._options_again, folder, timeout_s, self.say)
-            if installed:
-                notes.append(
-                    f"{installed[0]}: its pipeline is imported from outside the checkout, and would be the same on "
-                    "both sides: give the base's checkout a .venv of its own"
-                )
-            names = [name for name in names if name not in again]
-        else:
-            again, notes = {}, []
-        settings = replace(self.options.settings, workers=WORKERS, need=False, save_images=None)
-        for name in names:
-            if self.base.has_stored_workers(name) and name in self._jobs and self.machine:
-                self.say(f"{name} again")
-                record = measure(*self._jobs[name], self.machine, settings, self.say)
-                again[name] = Again((), [record]) if record.status == "ok" else Again((), ())
-        return {name: one for name, one in again.items() if one.head}, notes
-
-    def _is_installed(self, name: str) -> bool:
-        """Whether the functions of a test's own pipeline come from elsewhere than the checkout."""
-        _, job = self._jobs.get(name, (None, {}))
-        files = [Path(job["own"][role]["file"]) for role in ("build", "call")] if "own" in job else []
-        return any(not file.resolve().is_relative_to(top_of(self.root)) for file in files)
-
-    def _options_again(self, root: Path) -> list[str]:
-        """pytest's options with which a checkout measures single cases of this sweep once more."""
-        options, settings, overrides = self.options, self.options.settings, self.options.overrides
-        given: dict[str, Any] = {
-            "device": options.device,
-            "sweep": options.sweep,
-            "models": overrides.models and ",".join(map(_whole_path, overrides.models)),
-            "optimizations": overrides.optimizations and ",".join(overrides.optimizations),
-            "resolutions": overrides.resolutions and ",".join(overrides.resolutions),
-            "frames": overrides.frames and ",".join(overrides.frames),
-            "batch-sizes": overrides.batch_sizes and ",".join(map(str, overrides.batch_sizes)),
-            "steps": overrides.steps,
-            "rounds": settings.rounds,
-            "weights": options.weights,
-            "limit": options.limit_bytes and f"{options.limit_bytes}B",
-            "timeout": int(settings.timeout_s),
-        }
-        if options.matrix is not None:
-            matrix, top = options.matrix.resolve(), top_of(self.root)
-            given["matrix"] = top_of(root) / matrix.relative_to(top) if matrix.is_relative_to(top) else matrix
-        said = [f"--vram-{name}={value}" for name, value in given.items() if value]
-        flags = ["--vram-no-need", "--vram-no-estimate", "--vram-compare="]
-        return said + flags + (["--vram-allow-shared"] if options.allow_shared else [])
+    def _confirmation(self, base: Base) -> Confirmation:
+        return Confirmation(base, self.options, self.root, self.machine, self._jobs, self.node_ids, self.say)
 
     def abandon(self) -> None:
         """Nothing was run: leave nothing behind."""
@@ -537,24 +366,3 @@ class SweepSession:
     def records(self) -> list[Record]:
         """What the run holds now."""
         return list(self.journal.records.values()) if self.journal else []
-
-
-def _whole_path(model: str) -> str:
-    """A saved pipeline's folder from wherever it is looked for; a name or hub id as it is."""
-    return str(Path(model).resolve()) if is_folder(model) and Path(model).exists() else model
-
-
-def _is_done(record: Record) -> bool:
-    """Whether a resumed sweep need not measure this case again."""
-    return record.status in DONE and record.unavailable.get("memory.need_bytes") != SEARCH_INTERRUPTED
-
-
-def _shard(run: Run) -> Any:
-    """The shard that a run says it is, or None."""
-    return run.options.get("shard")
-
-
-def _split(node_id: str) -> tuple[str, str]:
-    """A test's file and its name there."""
-    model, _, test = node_id.partition("::")
-    return model, test
