@@ -9,7 +9,7 @@ from pytest_vram.cases.shard import Shard
 from pytest_vram.errors import UsageError
 from pytest_vram.measure.measurement import SEARCH_INTERRUPTED
 from pytest_vram.planning import Plan
-from pytest_vram.records.files import unfinished
+from pytest_vram.records.files import run_path_of, unfinished
 from pytest_vram.records.schema import Record, Run
 
 SAME_TO_RESUME = ("gpu", "driver", "torch", "cuda", "diffusers", "transformers", "accelerate", "commit", "dirty")
@@ -47,7 +47,7 @@ def resumable(folder: Path, run: Run, shard: Shard | None, plans: Iterable[Plan]
             raise UsageError(
                 f"--vram-resume: {found} measured {record.id} with other steps or weights; give the same options"
             )
-    return found.with_suffix(".json"), [record for record in old.records if is_done(record)]
+    return run_path_of(found), [record for record in old.records if is_done(record)]
 
 
 def known(records: Mapping[str, Record], case: AnyCase) -> Record | None:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from pytest_vram.against import Base, save
-from pytest_vram.cases.case import AnyCase
-from pytest_vram.cases.models import names_with_aliases
+from pytest_vram.cases.case import AnyCase, Case
+from pytest_vram.cases.models import Model, names_with_aliases
 from pytest_vram.cases.sweep import read_thresholds
 from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
 from pytest_vram.compare.timing import Again
 from pytest_vram.confirming import Confirmation
 from pytest_vram.errors import UsageError
+from pytest_vram.exchange import Part, Planned
 from pytest_vram.measure import environment
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
@@ -23,9 +24,10 @@ from pytest_vram.measure.machine import Machine, start_machine
 from pytest_vram.measure.measurement import CaseInterrupted, Estimated, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
-from pytest_vram.pipelines.optimizations import impossible
+from pytest_vram.pipelines.optimizations import gpus_of, impossible
 from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
-from pytest_vram.records.files import Journal, folder_of, new_path
+from pytest_vram.records.files import Journal, folder_of, new_path, read_journal, write_run
+from pytest_vram.records.merging import joined
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import Record, Run
 from pytest_vram.resuming import known, newest_unfinished, resumable
@@ -34,11 +36,12 @@ from pytest_vram.resuming import known, newest_unfinished, resumable
 class SweepSession:
     """Plans the cases, measures or estimates each when its turn comes, and keeps what was found.
 
-    `say` shows a passing line of progress; `root` is the folder whose commit the run names.
+    `say` shows a passing line of progress; `root` is the folder whose commit the run names; `part` is the share of an
+    xdist worker, where several measure.
     """
 
-    def __init__(self, options: Options, root: Path, say: Callable[[str], None]) -> None:
-        self.options, self.root, self.say = options, root, say
+    def __init__(self, options: Options, root: Path, say: Callable[[str], None], part: Part | None = None) -> None:
+        self.options, self.root, self.say, self.part = options, root, say, part
         self.machine: Machine | None = None
         self.journal: Journal | None = None
         self.estimates: Estimates | None = None
@@ -49,13 +52,14 @@ class SweepSession:
         self.began = self.first_case_began = time.monotonic()
         self.expected: set[str] = set()
         self.run_path: Path | None = None
+        self.written: list[ReadRun] = []  # the run file, or of GPUs that differ one for each environment
         self.spent_s = 0.0
-        self.complete = False
         self.undecided = ""  # why times that look slower have no verdict, although a base checkout was given
         self.others_aliases: dict[str, list[str]] = {}
         self.base: Base | None = None
         self.comparison: Comparison | None = None
         self.comparison_path: Path | None = None
+        self.order: list[str] = []  # the ids of all cases
         self.node_ids: dict[str, str] = {}  # of the tests, by case id
         self.case_ids: dict[str, str] = {}  # of what a sweep planned, by node id
         self._plans: dict[Path, list[Plan]] = {}
@@ -108,6 +112,7 @@ class SweepSession:
             raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
         own = list(own)
         self.expected |= set(map(self.own_id, own))
+        self.order = [*(plan.case.id for plan in self.planned), *map(self.own_id, own)]
         self._read_own_thresholds(own)
         left_out = {plan.case.id for plans in self._plans.values() for plan in plans}
         left_out |= set(map(self.own_id, deselected))
@@ -138,13 +143,31 @@ class SweepSession:
         records = self.journal.records if self.journal else {}
         wanted = [plan.case for plan in self.planned if known(records, plan.case) is None]
         if options.device != "meta":
-            self.references = References(wanted)
+            outputs = self.part.exchange.outputs(str(self.machine.facts.get("gpu"))) if self.part else None
+            self.references = References(wanted, outputs)
         if options.device != "cpu" and options.estimate:
-            capability = self.machine.facts.get("compute_capability")
-            self.estimates = Estimates(wanted, models, self.machine.starter, capability, ahead=keep_journal)
-        if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
-            self.estimates.finish(options.settings.timeout_s, self.say)
+            self._estimate_first(wanted, models, ahead=keep_journal)
+        if self.part:
+            case_ids = {**self.case_ids, **{node_id: self.own_id(node_id) for node_id in own}}
+            aliases = names_with_aliases(plan.model for plan in self.planned)
+            self.part.exchange.put_plan(self.part.worker, Planned(self.order, case_ids, list(records), aliases))
         self.first_case_began = time.monotonic()
+
+    def _estimate_first(self, cases: list[Case], models: dict[str, Model], *, ahead: bool) -> None:
+        """On a GPU all are estimated before any is measured, so that nothing runs beside a measurement; several xdist
+        workers, of which none measures before all have done this, estimate a part each."""
+        assert self.machine is not None
+        part, capability = self.part, self.machine.facts.get("compute_capability")
+        if part:
+            alone = [case for case in cases if gpus_of(case.optimizations) == 1]
+            cases = [case for case in part.share(alone) if part.exchange.estimate(case.id) is None]
+        beside = part.of if part else 1
+        self.estimates = Estimates(cases, models, self.machine.starter, capability, ahead=ahead, beside=beside)
+        if self.options.device == "cuda":
+            self.estimates.finish(self.options.settings.timeout_s, self.say)
+        if part:
+            for case, outcome in self.estimates.done().items():
+                part.exchange.put_estimate(case.id, outcome)
 
     def _read_own_thresholds(self, own: Iterable[str]) -> None:
         """Those of the matrix beside a test with a pipeline of its own, or of the one that was named."""
@@ -180,7 +203,11 @@ class SweepSession:
             path, records = resumable(folder, run, options.shard, self.planned)
             run = run.model_copy(update={"records": records})
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
-        self.journal = Journal(path or new_path(folder, run.environment), run)
+        part = self.part
+        path = path or (part.run_path if part else new_path)(folder, run.environment)
+        self.journal = Journal(path, run, part.worker if part else "")
+        if part:
+            part.exchange.put_journal(part.worker, self.journal.path)
         return self.journal
 
     def _folder(self, facts: Mapping[str, Any]) -> Path:
@@ -228,9 +255,13 @@ class SweepSession:
             return record
         if self.options.device == "meta":
             return self._estimate(plan)
+        if self.part and (gpus := gpus_of(plan.case.optimizations)) > 1:
+            reason = f"it takes {gpus} GPUs, and -n gives each case one: leave -n out"
+            return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "measured"})
         outcome: dict[str, Any] = {}
         if self.estimates and not impossible(plan.case.optimizations, self.options.device, plan.case.weights):
-            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
+            outcome = self.part.exchange.estimate(plan.case.id) or {} if self.part else {}
+            outcome = outcome or self.estimates.result(plan.case, self.options.settings.timeout_s)[0]
         estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
         record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
         return with_estimate(record, outcome) if outcome else record
@@ -287,6 +318,12 @@ class SweepSession:
             self.fresh.append(record)
         self.finished[record.id] = record
 
+    def note(self, record: Record, *, fresh: bool) -> None:
+        """A case has ended in an xdist worker, which keeps its record; `fresh` is one that it has made itself."""
+        if fresh and record.id not in self.finished:
+            self.fresh.append(record)
+        self.finished[record.id] = record
+
     def skip(self, node_id: str) -> None:
         """A test was skipped before it measured: its case is none of this run's."""
         if node_id in self.case_ids:
@@ -307,6 +344,9 @@ class SweepSession:
         self.spent_s = time.monotonic() - self.began
         if self.journal is None:
             return
+        if self.part:
+            self.journal.leave()
+            return
         if not self.journal.records:
             self.journal.discard()
             return
@@ -315,8 +355,27 @@ class SweepSession:
         if self.others_aliases:
             options = {**self.journal.run.options, **self._asked_others}
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases, "options": options})
+        self.journal.run = self.journal.run.model_copy(update={"wall_s": self.spent_s})
         self.run_path = self.journal.finish(complete)
-        self.complete = complete
+        update = {"records": list(records.values()), "complete": complete}
+        self.written = [ReadRun(self.run_path, self.journal.run.model_copy(update=update))]
+
+    def join(self, path: Path, journals: Sequence[Path], workers: int, interrupted: bool) -> None:
+        """Write the run file that takes the place of the journals that xdist workers kept.
+
+        Raises:
+            RunFileError: where one cannot be read; all are left as they are then.
+        """
+        parts = [part for journal in journals if (part := ReadRun(journal, read_journal(journal))).records]
+        if parts:
+            run = joined(parts, self.order)
+            complete = not interrupted and self.expected <= {record.id for record in run.records}
+            options = {**run.options, "xdist_workers": workers}
+            run = run.model_copy(update={"complete": complete, "options": options, "wall_s": self.spent_s})
+            write_run(path, run)
+            self.written.append(ReadRun(path, run))
+        for journal in journals:
+            journal.unlink()
 
     def compare(self, interrupted: bool) -> None:
         """The verdict on the finished run; times that look slower are measured again, unless somebody waits to go.
@@ -326,8 +385,7 @@ class SweepSession:
         """
         if self.base is None or self.run_path is None or self.journal is None:
             return
-        update = {"records": self.records, "complete": self.complete}
-        head = ReadRun(self.run_path, self.journal.run.model_copy(update=update))
+        (head,) = self.written
         again: dict[str, Again] = {}
         notes: list[str] = []
         stopped = None

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from pytest_vram.records.schema import SCHEMA, Record, Run, above_the_card
 
 MAX_FILE_BYTES = 256 << 20
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
+_JOURNAL = re.compile(r"(\.gw[0-9]+)?\.jsonl$")  # of one of several xdist workers, or of the only process
 
 
 @dataclass(frozen=True)
@@ -41,28 +42,41 @@ def folder_of(device: Any, gpu: Any) -> str:
     return {"meta": "estimated", "cpu": "cpu"}.get(str(device), slug(str(gpu or "")))
 
 
-def new_path(folder: Path, environment: dict[str, Any]) -> Path:
-    """Where the next run file of this environment goes: `folder/<UTC time>_<commit>[-dirty]_<4 hex>.json`."""
+def new_path(folder: Path, environment: dict[str, Any], began: str | None = None, mark: str | None = None) -> Path:
+    """Where the next run file of this environment goes: `folder/<UTC time>_<commit>[-dirty]_<4 hex>.json`.
+
+    The time and the 4 hex digits are new ones, unless they are given.
+    """
     commit = re.sub(r"[^0-9a-f]", "", str(environment.get("commit") or ""))[:12] or "nogit"
     dirty = "-dirty" if environment.get("dirty") else ""
-    now = datetime.now(UTC).strftime(TIME_FORMAT)
-    return folder / f"{now}_{commit}{dirty}_{secrets.token_hex(2)}.json"
+    began = began or datetime.now(UTC).strftime(TIME_FORMAT)
+    return folder / f"{began}_{commit}{dirty}_{mark or secrets.token_hex(2)}.json"
+
+
+def run_path_of(path: Path) -> Path:
+    """The run file to which a journal belongs; or the run file itself."""
+    return path.with_name(_JOURNAL.sub(".json", path.name))
+
+
+def journals_of(run_path: Path) -> list[Path]:
+    """The journals of a run that is not finished: one, or one for each xdist worker."""
+    return [path for path in sorted(run_path.parent.glob("*.jsonl")) if run_path_of(path) == run_path]
 
 
 class Journal:
     """The records of a run as they come: one JSON line each, on the disk before the next case starts.
 
     The first line is the run without its records. A later line for the same id replaces the earlier one. The run file
-    replaces the journal when the sweep ends.
+    replaces the journal when the sweep ends. Of several xdist workers each has its own, `worker` in its name.
     """
 
-    def __init__(self, path: Path, run: Run) -> None:
+    def __init__(self, path: Path, run: Run, worker: str = "") -> None:
         """`path` is the run file's; raises UsageError where its folder cannot be written."""
         self.run_path = path
-        self.path = path.with_suffix(".jsonl")
+        self.path = path.with_suffix(f".{worker}.jsonl" if worker else ".jsonl")
         self.run = run
         self.records: dict[str, Record] = {}
-        part = path.with_suffix(".part")
+        part = self.path.with_suffix(".part")
         self._made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,12 +100,20 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def finish(self, complete: bool) -> Path:
-        """Write the run file, then remove the journal; the file is whole or not there."""
+        """Write the run file, then remove the journal, and those it goes on with; the file is whole or not there."""
         run = self.run.model_copy(update={"records": list(self.records.values()), "complete": complete})
         write_run(self.run_path, run)
         self._file.close()
-        self.path.unlink()
+        for path in journals_of(self.run_path):
+            path.unlink()
         return self.run_path
+
+    def leave(self) -> None:
+        """Write no more; whoever joins the journals of all xdist workers reads it, unless it has no record."""
+        if self.records:
+            self._file.close()
+        else:
+            self.discard()
 
     def discard(self) -> None:
         """Leave nothing behind: no case was run."""
@@ -233,16 +255,34 @@ def _json(text: str, path: Path) -> Any:
 
 
 def unfinished(folder: Path) -> Iterator[tuple[Path, Run]]:
-    """Journals and run files of a folder that lack cases or hold failed ones, with their runs, the newest first."""
-    journals = set(folder.glob("*.jsonl"))
-    files = {path for path in folder.glob("*.json") if path.with_suffix(".jsonl") not in journals}
-    for path in sorted(journals | files, key=lambda path: path.name, reverse=True):
+    """Journals and run files of a folder that lack cases or hold failed ones, with their runs, the newest first; the
+    journals that xdist workers left are one run."""
+    journals: dict[Path, list[Path]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        journals.setdefault(run_path_of(path), []).append(path)
+    for run_path in sorted(journals.keys() | set(folder.glob("*.json")), key=lambda path: path.name, reverse=True):
+        parts = journals.get(run_path, [])
         try:
-            run = read_journal(path) if path.suffix == ".jsonl" else read_run(path)
+            runs = [read_journal(path) for path in parts] or [read_run(run_path)]
         except RunFileError:
             continue  # not ours to judge here: whoever names the file gets the message
+        run = runs[0].model_copy(update={"records": best_records(runs)})
         if not run.complete or any(record.status in ("error", "timeout") for record in run.records):
-            yield path, run
+            yield (parts[0] if parts else run_path), run
+
+
+def best_records(runs: Iterable[Run]) -> list[Record]:
+    """All records, each case once: of two one that did not fail, then one with a need, then the later."""
+    found: dict[str, Record] = {}
+    for record in (record for run in runs for record in run.records):
+        old = found.get(record.id)
+        if old is None or _worth(record) >= _worth(old):
+            found[record.id] = record
+    return list(found.values())
+
+
+def _worth(record: Record) -> tuple[bool, bool]:
+    return record.status not in ("error", "timeout"), record.memory.need_bytes is not None
 
 
 def _benchmark_document(run: Run) -> dict[str, Any]:
