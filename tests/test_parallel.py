@@ -14,10 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from execnet import XSpec
 
 from pytest_vram.errors import UsageError
 from pytest_vram.measure import nvml
 from pytest_vram.measure.visible import visible_uuids
+from pytest_vram.parallel import Controller, count_gpus, part_of
 from pytest_vram.records.files import journals_of, read_journal, read_run, run_path_of
 from pytest_vram.records.schema import Run
 from tests.test_plugin import PATIENCE_S, command, project, run, wait_for
@@ -56,10 +58,11 @@ SCRIPT = json.loads(pathlib.Path("script.json").read_text())
 
 
 def measure(case, job, machine, *_):
+    batch = getattr(case, "batch_size", 0)
     with pathlib.Path("ran.txt").open("a") as file:
-        file.write(f"{case.batch_size} {machine.facts['gpu_uuid']}\\n")
+        file.write(f"{batch} {machine.facts['gpu_uuid']}\\n")
     common = {"id": case.id, "case": case, "method": "measured"}
-    what = SCRIPT.get(str(case.batch_size), 0)
+    what = SCRIPT.get(str(batch), 0)
     try:
         if what == "crash" and not pathlib.Path("crashed").exists():
             pathlib.Path("crashed").touch()
@@ -67,7 +70,7 @@ def measure(case, job, machine, *_):
         if isinstance(what, str) and what.startswith("until "):
             while not pathlib.Path(what.split()[1]).exists():
                 time.sleep(0.02)
-        pathlib.Path(f"ended-{case.batch_size}").touch()
+        pathlib.Path(f"ended-{batch}").touch()
     except KeyboardInterrupt:
         raise CaseInterrupted(Record(status="error", failure=Failure(message="interrupted"), **common)) from None
     if what == "fails":
@@ -159,6 +162,10 @@ def test_what_waits_behind_a_long_case_goes_to_the_gpu_that_is_free(project: pyt
     assert {gpu for gpus in where.values() for gpu in gpus} == SAME.keys() - {first}
     (path,) = run_files(project)
     assert batches(read_run(path)) == [1, 2, 3, 4, 5, 6]
+    play(project, script={"2": "fails"})
+    compared = run(project, *options(f"--vram-compare={path}", batches="1,2"))
+    compared.assert_outcomes(passed=1, failed=1)
+    compared.stdout.fnmatch_lines(["worse * tiny-sd/fp32/32x32/b2", "*ok → error: it fails", "1 worse, 1 same"])
 
 
 def test_a_crashed_xdist_worker_costs_its_case_and_resume_goes_on(project: pytest.Pytester) -> None:
@@ -182,19 +189,6 @@ def test_a_crashed_xdist_worker_costs_its_case_and_resume_goes_on(project: pytes
     assert whole.complete
     assert batches(whole) == [1, 2, 3, 4, 5, 6]
     assert whole.records[0] == first.records[0]
-
-
-def test_different_gpus_have_a_run_file_each(project: pytest.Pytester) -> None:
-    play(project, {"GPU-aa": "NVIDIA Played", "GPU-bb": "NVIDIA Other"}, script={})
-    result = run(project, *options(batches="1,2,3,4,5,6,7,8"))
-    result.assert_outcomes(passed=8)
-    paths = run_files(project)
-    assert [path.parent.name for path in paths] == ["nvidia-other", "nvidia-played"]
-    runs = [read_run(path) for path in paths]
-    assert sorted(batch for one in runs for batch in batches(one)) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert not any(one.complete for one in runs), "each lacks the other's cases"
-    assert [one.environment["gpu"] for one in runs] == ["NVIDIA Other", "NVIDIA Played"]
-    assert all(f"run file: {path.relative_to(project.path)}" in str(result.stdout) for path in paths)
 
 
 def started(project: pytest.Pytester, *given: str) -> "subprocess.Popen[str]":
@@ -241,8 +235,7 @@ def test_ctrl_c_joins_what_was_measured(project: pytest.Pytester) -> None:
     assert "run file: " in output
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_the_journals_of_a_killed_controller_are_resumed(project: pytest.Pytester, workers: str) -> None:
+def test_the_journals_of_a_killed_controller_are_gone_on_with(project: pytest.Pytester) -> None:
     play(project, script=STUCK)
     process = started(project, *options(batches="1,2,3,4"))
     wait_for(lambda: both_wait(project))
@@ -252,10 +245,17 @@ def test_the_journals_of_a_killed_controller_are_resumed(project: pytest.Pyteste
     assert [path.name.split(".")[1] for path in left] == ["gw0", "gw1"]
     assert len({run_path_of(path) for path in left}) == 1
     assert journals_of(run_path_of(left[0])) == left
+    play(project, script={"2": "until never"})
+    process = started(project, *options("--vram-resume", batches="1,2,3,4"))
+    wait_for(lambda: (project.path / "ended-4").exists() and (project.path / "ended-3").exists())
+    wait_for(lambda: {record.id[-2:] for path in left for record in read_journal(path).records} == {"b1", "b3", "b4"})
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_S)
+    assert journals(project) == left, "those of the first run, and longer"
     play(project, script={})
     (project.path / "ran.txt").unlink()
-    run(project, *options("--vram-resume", workers=workers, batches="1,2,3,4")).assert_outcomes(passed=4)
-    assert sorted(ran(project)) == [2, 3, 4]
+    run(project, *options("--vram-resume", workers="0", batches="1,2,3,4")).assert_outcomes(passed=4)
+    assert sorted(ran(project)) == [2]
     (path,) = run_files(project)
     assert path == run_path_of(left[0])
     whole = read_run(path)
@@ -266,12 +266,7 @@ def test_the_journals_of_a_killed_controller_are_resumed(project: pytest.Pyteste
 
 REFUSED = {
     "more than GPUs": (["-n", "3"], "-n 3: there are 2 GPUs, and each runs one case at a time; give -n auto"),
-    "another dist": (["-n", "2", "--dist=loadfile"], "--dist loadfile: each case goes to the next GPU that is free"),
-    "bad input": (["-n", "2", "--vram-limit=8"], "--vram-limit: '8' is not a size"),
-    "a bad case": (["-n", "2", "--vram-models=tiny-ds"], "--vram-models: unknown model 'tiny-ds'"),
     "nothing to resume": (["-n", "2", "--vram-resume"], "--vram-resume: no unfinished run in results/nvidia-played"),
-    "a comparison": (["-n", "2", "--vram-compare=latest"], "--vram-compare: -n makes a run that is whole at the end"),
-    "the CPU": (["-n", "2", "--vram-device=cpu"], "-n: without GPUs cases are run, resumed, compared one at a time"),
 }
 
 
@@ -285,20 +280,77 @@ def test_what_cannot_be_is_one_line_before_the_first_case(
     assert not list(project.path.glob("results/*/*"))
 
 
-def test_other_tests_run_once_and_torn_down(project: pytest.Pytester) -> None:
-    play(project, script={"1": "until ended-4"})
-    (project.path / "test_more.py").write_text(
-        "import pathlib, pytest\n"
-        "@pytest.fixture(scope='module', autouse=True)\n"
-        "def around():\n"
-        "    yield\n"
-        "@pytest.mark.parametrize('number', range(4))\n"
-        "def test_it(number):\n"
-        "    with pathlib.Path('more.txt').open('a') as file:\n"
-        "        file.write(f'{number}\\n')\n"
-    )
-    run(project, *options(batches="1,2,3,4")).assert_outcomes(passed=8)
+def controlled(count: int, dist: str = "load", spec: str = "popen") -> Controller:
+    config: Any = SimpleNamespace(option=SimpleNamespace(dist=dist))
+    return Controller(config, [XSpec(spec) for _ in range(count)])
+
+
+def test_each_xdist_worker_gets_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, ["NVIDIA A"] * 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    controller = controlled(2)
+    given = []
+    for name, uuid in (("gw0", "GPU-b"), ("gw1", "GPU-aa"), ("gw2", "GPU-b")):  # the last in place of the first
+        spec = SimpleNamespace(env={"CUDA_VISIBLE_DEVICES": uuid})
+        node = SimpleNamespace(gateway=SimpleNamespace(id=name, spec=spec), workerinput={})
+        controller.pytest_configure_node(node)
+        part = part_of(node)
+        assert part
+        given.append((part.worker, part.number, part.of))
+    assert given == [("gw0", 0, 2), ("gw1", 1, 2), ("gw2", 0, 2)]
+    controller.close()
+    for wrong, said in (
+        ({"count": 3}, "-n 3: there are 2 GPUs"),
+        ({"count": 2, "dist": "each"}, "--dist each: each case goes to the next GPU that is free"),
+        ({"count": 1, "spec": "ssh=elsewhere"}, "--tx: an xdist worker gets one GPU of this machine"),
+    ):
+        with pytest.raises(pytest.UsageError, match=said):
+            controlled(**wrong)  # type: ignore[arg-type]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(pytest.UsageError, match="--gpu: CUDA_VISIBLE_DEVICES=-1 leaves no GPU"):
+        controlled(1)
+
+
+MORE = """
+import pathlib
+import pytest
+
+def build(): ...
+def call(pipe): ...
+
+@pytest.fixture(scope="module", autouse=True)
+def around():
+    yield
+
+@pytest.mark.parametrize("number", range(4))
+def test_number(number):
+    with pathlib.Path("more.txt").open("a") as file:
+        file.write(f"{number}\\n")
+
+def test_pipeline(vram):
+    assert vram.measure(build, call).status == "ok"
+"""
+
+
+def test_different_gpus_have_a_run_file_each_and_other_tests_run_once(project: pytest.Pytester) -> None:
+    # while one GPU is in its first case the other goes on to the next file, with its own pipeline
+    play(project, {"GPU-aa": "NVIDIA Played", "GPU-bb": "NVIDIA Other"}, script={"1": "until ended-0"})
+    (project.path / "test_more.py").write_text(MORE)
+    result = run(project, *options(batches="1,2,3,4"))
+    result.assert_outcomes(passed=9)
     assert sorted((project.path / "more.txt").read_text().split()) == ["0", "1", "2", "3"]
+    paths = run_files(project)
+    assert [path.parent.name for path in paths] == ["nvidia-other", "nvidia-played"]
+    assert all(f"run file: {path.relative_to(project.path)}" in str(result.stdout) for path in paths)
+    runs = [read_run(path) for path in paths]
+    assert [one.environment["gpu"] for one in runs] == ["NVIDIA Other", "NVIDIA Played"]
+    assert not any(one.complete for one in runs), "each lacks the other's cases"
+    own = "test_more.py::test_pipeline"
+    cases = [f"tiny-sd/fp32/32x32/b{batch}" for batch in (1, 2, 3, 4)]
+    assert sorted(record.id for one in runs for record in one.records) == [own, *cases]
+    for one in runs:
+        ids = [record.id for record in one.records]
+        assert ids == sorted(ids, key=[*cases, own].index)
 
 
 # Which GPUs there are
@@ -338,8 +390,16 @@ def test_numbers_of_different_gpus_say_nothing_certain(monkeypatch: pytest.Monke
     assert visible_uuids({"CUDA_VISIBLE_DEVICES": "GPU-ab"}) == ["GPU-ab"]
 
 
-def test_without_a_driver_auto_says_so(project: pytest.Pytester) -> None:
-    if Path("/dev/nvidiactl").exists():
-        pytest.skip("this machine has a GPU")
-    error = one_error(run(project, "--vram-device=cuda", "-n", "auto"))
-    assert error.startswith("ERROR: --gpu: no NVIDIA driver answers")
+def test_without_a_driver_auto_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> list[nvml.Gpu]:
+        raise nvml.NvmlUnavailable("no NVIDIA driver answers")
+
+    monkeypatch.setattr(nvml, "gpus", none)
+    option = SimpleNamespace(collectonly=False)
+    config: Any = SimpleNamespace(getoption=lambda name: "cuda", option=option)
+    with pytest.raises(pytest.UsageError, match="--gpu: no NVIDIA driver answers; leave --gpu out for the estimate"):
+        count_gpus(config)
+    option.collectonly = True
+    assert count_gpus(config) is None, "what is only collected needs none"
+    estimating: Any = SimpleNamespace(getoption=lambda name: "meta", option=SimpleNamespace(collectonly=False))
+    assert count_gpus(estimating) is None, "and xdist counts CPUs for estimates"

@@ -84,6 +84,7 @@ class Controller:
         self._folder = TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True)
         self.exchange = Exchange(Path(self._folder.name))
         self.planned: list[Planned] = []
+        self.first_case_began: float | None = None
         self.told = {
             "folder": self._folder.name,
             "of": len(specs),
@@ -102,6 +103,10 @@ class Controller:
 
         return CaseScheduling(config, log)
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self) -> None:
+        self.first_case_began = self.first_case_began or time.monotonic()
+
     def said(self) -> str:
         """On how many GPUs."""
         return "1 GPU" if len(self.gpus) == 1 else f"{len(self.gpus)} GPUs, an xdist worker for each"
@@ -115,6 +120,7 @@ class Controller:
             session.case_ids |= planned.case_ids
             session.order = list(dict.fromkeys([*session.order, *planned.ids]))
         session.expected = set(session.order)
+        session.first_case_began = self.first_case_began or session.began
 
     def note(self, session: SweepSession, record: Record) -> None:
         """A case has ended; its xdist worker keeps the record."""
@@ -140,6 +146,10 @@ class Controller:
                 session.join(path, journals, len(self.gpus), interrupted)
             except (VramError, OSError) as error:
                 problem = f"{error}; these journals are kept: {', '.join(map(str, journals))}"
+        try:
+            session.find_base_of_joined()
+        except VramError as error:
+            problem = problem or str(error)
         return problem
 
     def close(self) -> None:

@@ -109,11 +109,6 @@ class Manager:
         try:
             plans = self.sweep().plans(metafunc.definition.path.parent)
             options = self.sweep().options
-            if self.part and options.base:
-                raise UsageError(
-                    "--vram-compare: -n makes a run that is whole at the end only; leave it out, "
-                    "and compare then: pytest-vram compare BASE RUN"
-                )
             if self.under_xdist and not self.part and (options.device != "meta" or options.resume or options.base):
                 raise UsageError(
                     "-n: without GPUs cases are run, resumed, compared one at a time; leave -n out, or only estimate"

@@ -51,7 +51,6 @@ class SweepSession:
         self.fresh: list[Record] = []  # without those that a resumed run brought along
         self.began = self.first_case_began = time.monotonic()
         self.expected: set[str] = set()
-        self.run_path: Path | None = None
         self.written: list[ReadRun] = []  # the run file, or of GPUs that differ one for each environment
         self.spent_s = 0.0
         self.undecided = ""  # why times that look slower have no verdict, although a base checkout was given
@@ -356,9 +355,9 @@ class SweepSession:
             options = {**self.journal.run.options, **self._asked_others}
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases, "options": options})
         self.journal.run = self.journal.run.model_copy(update={"wall_s": self.spent_s})
-        self.run_path = self.journal.finish(complete)
+        path = self.journal.finish(complete)
         update = {"records": list(records.values()), "complete": complete}
-        self.written = [ReadRun(self.run_path, self.journal.run.model_copy(update=update))]
+        self.written = [ReadRun(path, self.journal.run.model_copy(update=update))]
 
     def join(self, path: Path, journals: Sequence[Path], workers: int, interrupted: bool) -> None:
         """Write the run file that takes the place of the journals that xdist workers kept.
@@ -377,13 +376,26 @@ class SweepSession:
         for journal in journals:
             journal.unlink()
 
+    def find_base_of_joined(self) -> None:
+        """Read what the run of several xdist workers is compared with, as each of them has before its first case."""
+        if self.options.base is None or len(self.written) != 1:
+            return
+        own = [node_id for node_id, id in self.case_ids.items() if self.own_id(node_id) == id]
+        for folder in {(self.root / split_node_id(node_id)[0]).parent for node_id in self.case_ids.keys() - set(own)}:
+            self.plans(folder)
+        self._read_own_thresholds(own)
+        head = self.written[0].run.model_copy(update={"records": []})
+        self.base = Base(
+            self.options.base, head, self.options.results, self.root, self._thresholds, self.written[0].path
+        )
+
     def compare(self, interrupted: bool) -> None:
         """The verdict on the finished run; times that look slower are measured again, unless somebody waits to go.
 
         Raises:
             NotComparable: where none of the base's cases came to be measured, or the verdict cannot be written.
         """
-        if self.base is None or self.run_path is None or self.journal is None:
+        if self.base is None or len(self.written) != 1:
             return
         (head,) = self.written
         again: dict[str, Again] = {}
@@ -398,7 +410,7 @@ class SweepSession:
         self.comparison = self.base.conclude(head, again, notes)
         if self.base.checkout is not None and notes:
             self.undecided = "; ".join(notes)
-        self.comparison_path = save(self.comparison, self.run_path)
+        self.comparison_path = save(self.comparison, head.path)
         if stopped:
             raise stopped
 
