@@ -274,17 +274,17 @@ class Manager:
             return
         if self.config.get_verbosity() < 0 or len(session.finished) == self.shown:
             return
-        self.shown = len(session.finished)
         from time import monotonic
 
         from pytest_vram.report.summary import line
         from pytest_vram.report.text import duration
 
-        count = f"{len(session.finished)}/{len(session.expected)}"
-        elapsed = duration(monotonic() - session.began)
-        last = next(reversed(session.finished.values()))
-        text = f" {count} {line(last)}"
-        reporter.write(f"{text} ({elapsed} elapsed, about {duration(session.rest_s())} left)\n")
+        elapsed, left = duration(monotonic() - session.began), duration(session.rest_s())
+        new = [*session.finished.values()][self.shown :]  # of several xdist workers there may be more than one
+        for number, record in enumerate(new, self.shown + 1):
+            count = f"{number}/{len(session.expected)}"
+            reporter.write(f" {count} {line(record)} ({elapsed} elapsed, about {left} left)\n")
+        self.shown = len(session.finished)
 
     # The end
 
