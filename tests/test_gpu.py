@@ -198,12 +198,8 @@ def test_doctor_finds_nothing_missing() -> None:
 
 
 def test_a_case_on_each_gpu(tmp_path: Path) -> None:
-    which = [
-        "--vram-models=stable-diffusion-v1-5",
-        "--vram-optimizations=fp16,fp16+vae_slicing",
-        "--vram-batch-sizes=1,2",
-    ]
-    given = [sys.executable, "-m", "pytest", "bench", "--gpu", *which, "--vram-steps=2", "--vram-rounds=5", NO_NEED]
+    which = ["--vram-sweep=smoke", "-k", "stable-diffusion-v1-5", "--vram-batch-sizes=1,2"]
+    given = [sys.executable, "-m", "pytest", "bench", "--gpu", *which, "--vram-rounds=5", NO_NEED]
     found = []
     for more in ("-n0", "-nauto"):
         results = tmp_path / more

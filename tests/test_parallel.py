@@ -292,20 +292,21 @@ def test_each_xdist_worker_gets_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
     for name, uuid in (("gw0", "GPU-b"), ("gw1", "GPU-aa"), ("gw2", "GPU-b")):  # the last in place of the first
         spec = SimpleNamespace(env={"CUDA_VISIBLE_DEVICES": uuid})
-        node = SimpleNamespace(gateway=SimpleNamespace(id=name, spec=spec), workerinput={})
+        node: Any = SimpleNamespace(gateway=SimpleNamespace(id=name, spec=spec), workerinput={})
         controller.pytest_configure_node(node)
         part = part_of(node)
         assert part
         given.append((part.worker, part.number, part.of))
     assert given == [("gw0", 0, 2), ("gw1", 1, 2), ("gw2", 0, 2)]
     controller.close()
-    for wrong, said in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"count": 3}, "-n 3: there are 2 GPUs"),
         ({"count": 2, "dist": "each"}, "--dist each: each case goes to the next GPU that is free"),
         ({"count": 1, "spec": "ssh=elsewhere"}, "--tx: an xdist worker gets one GPU of this machine"),
-    ):
+    ]
+    for wrong, said in refused:
         with pytest.raises(pytest.UsageError, match=said):
-            controlled(**wrong)  # type: ignore[arg-type]
+            controlled(**wrong)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     with pytest.raises(pytest.UsageError, match="--gpu: CUDA_VISIBLE_DEVICES=-1 leaves no GPU"):
         controlled(1)
