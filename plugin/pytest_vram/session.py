@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from pytest_vram.measure.recording import skipped
 from pytest_vram.pipelines.optimizations import gpus_of, impossible
 from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
 from pytest_vram.records.files import Journal, folder_of, new_path, read_journal, write_run
-from pytest_vram.records.merging import joined
+from pytest_vram.records.merging import apart, joined
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import Record, Run
-from pytest_vram.resuming import known, newest_unfinished, resumable
+from pytest_vram.resuming import known, resumable
 
 
 class SweepSession:
@@ -40,7 +41,7 @@ class SweepSession:
     xdist worker, where several measure.
     """
 
-    def __init__(self, options: Options, root: Path, say: Callable[[str], None], part: Part | None = None) -> None:
+    def __init__(self, options: Options, root: Path, say: Callable[[str], None], *, part: Part | None = None) -> None:
         self.options, self.root, self.say, self.part = options, root, say, part
         self.machine: Machine | None = None
         self.journal: Journal | None = None
@@ -66,6 +67,7 @@ class SweepSession:
         self._deselected: list[str] = []
         self._cases: list[str] = []  # of all shards, in the order of the sweep; empty without a shard
         self._asked_others: dict[str, list[str]] = {}
+        self._goes_on_with: tuple[Path, list[Record]] | None = None
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
 
     # Collection
@@ -199,7 +201,7 @@ class SweepSession:
         folder = self._folder(facts)
         path = None
         if options.resume:
-            path, records = resumable(folder, run, options.shard, self.planned)
+            path, records = self._resumed(folder, run)
             run = run.model_copy(update={"records": records})
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
         part = self.part
@@ -243,9 +245,19 @@ class SweepSession:
             return
         self.say("the base")
         described = self._described(facts)
-        resumed, _ = (options.resume and newest_unfinished(self._folder(facts), options.shard)) or (None, None)
+        resumed = self._resumed(self._folder(facts), described)[0] if options.resume else None
         self.base = Base(options.base, described, options.results, self.root, self._thresholds, resumed)
         self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned}, set(self._cases))
+
+    def _resumed(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
+        """The run file of the sweep that this one goes on with, and its records that need not be made again; the first
+        of several xdist workers finds it for all."""
+        if self._goes_on_with is None and self.part:
+            make = partial(resumable, folder, run, self.options.shard, self.planned)
+            self._goes_on_with = self.part.exchange.resumed(apart(run.environment), make)
+        elif self._goes_on_with is None:
+            self._goes_on_with = resumable(folder, run, self.options.shard, self.planned)
+        return self._goes_on_with
 
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
