@@ -339,6 +339,11 @@ def test_a_set_for_two_gpus_says_what_each_must_have_and_is_recommended_for_no_c
     assert "device_map_balanced" not in json.dumps(tables(markdown(report))["Models on cards"])
     alone = tables(markdown(a_report(a_run(two))))["Models on cards"]
     assert set(alone[2][3:-1]) <= {"no", "–"}
+    assert "What made it worse" not in tables(markdown(report))
+    gpus = [{"required_bytes": 11_686 * MIB}] * 2
+    two = record(id="two", case={"optimizations": ["fp16", "context_parallel_ring"]}, memory=needing(11_000), gpus=gpus)
+    report = a_report(a_run(record(memory=needing(9_000)), two))
+    assert cells_of(report, "What made it worse", "optimizations") == ["`fp16+context_parallel_ring` (each of 2 GPUs)"]
 
 
 def needing(mib: int) -> dict[str, Any]:

@@ -262,14 +262,15 @@ class Document:
                 plain = baseline(choices)
                 for choice in without_idle_flags(choices):
                     saved, paid = against(choice, plain)
-                    if choice.gpus or saved is None or paid is None or not choice.call_s or not plain.call_s:
+                    if saved is None or paid is None or not choice.call_s or not plain.call_s:
                         continue
                     share, times = saved / (plain.required_bytes or 1), choice.call_s / plain.call_s
                     noise = same_time(choice, plain)
                     if (share < -SAME_MEMORY and times > 1 / noise) or (times > noise and share < SAME_MEMORY):
                         cost = [Cell(signed(-saved / GIB)), Cell(f"×{times:.2f}"), Cell(choice.gpu or "")]
-                        runs = Cell(self.tag(choice, plain), "runs")
-                        rows.append([*self._keys(workload), Cell("", name=choice.name), *cost, runs])
+                        each = f"(each of {len(choice.gpus)} GPUs)" if choice.gpus else ""
+                        named = Cell("", name=choice.name, remark=each)
+                        rows.append([*self._keys(workload), named, *cost, Cell(self.tag(choice, plain), "runs")])
         columns = ("model", "size", "batch", "optimizations", "required GiB", "time", "on", "runs")
         return Table("What made it worse", columns, rows, 4)
 

@@ -9,6 +9,7 @@ from typing import Any
 from pytest_vram.cases.case import Case, OwnCase
 from pytest_vram.cases.models import Model
 from pytest_vram.compare.timing import host_bound
+from pytest_vram.pipelines.optimizations import OPTIMIZATIONS
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, GpuMemory, Record, Time
 from pytest_vram.report.text import gib
@@ -165,6 +166,12 @@ class Choice:
         in_each_step = any(name.startswith(("sequential_", "group_")) for name in self.optimizations)
         encoders = any(name.startswith("text_encoders_") for name in self.optimizations)
         return 2 if self.offloads and in_each_step else int(self.offloads or encoders)
+
+    @property
+    def changes_image(self) -> bool:
+        """Whether a flag is among its own that does not claim to leave the image as it is."""
+        known = (OPTIMIZATIONS.get(name) for name in self.flags)
+        return not all(flag is not None and flag.exact for flag in known)
 
     @property
     def host_bytes(self) -> int | None:
