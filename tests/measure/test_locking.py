@@ -121,7 +121,7 @@ def test_gpus_that_nvml_does_not_know_have_one_lock(tmp_path: Path) -> None:
 
 
 def test_the_second_sweep_waits_and_says_for_whom(tmp_path: Path, start: Start) -> None:
-    first = start("input_ = time.sleep(60)")
+    first = start()
     assert first.said == "locked"
     said: list[str] = []
     locked: list[Locks] = []
@@ -168,24 +168,19 @@ def test_a_sweep_within_a_sweep_does_not_wait_for_it(tmp_path: Path, start: Star
     locks.close()
 
 
-def test_no_child_holds_the_lock(tmp_path: Path) -> None:
-    locks = lock(tmp_path, A)
-    forked = os.fork()
-    if forked == 0:
-        time.sleep(60)
-        os._exit(0)
-    started = subprocess.Popen(["sleep", "60"], close_fds=False)
+@pytest.mark.parametrize("child", ["os.fork()", "subprocess.Popen(['sleep', '60'], close_fds=False).pid"])
+def test_no_child_holds_the_lock_when_its_parent_is_gone(tmp_path: Path, start: Start, child: str) -> None:
+    sweep = start(f"import os, subprocess; pid = {child}; print(pid, flush=True) if pid else time.sleep(60)")
+    orphan = int(sweep.line())
     try:
-        locks.close()
+        sweep.process.wait(10)
         deadline = time.monotonic() + 5
-        while not is_free("GPU-a", tmp_path):  # the forked child may not have run yet
+        while not is_free("GPU-a", tmp_path):  # a forked child closes its files once it runs
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        assert psutil.pid_exists(orphan)
     finally:
-        started.kill()
-        started.wait()
-        os.kill(forked, signal.SIGKILL)
-        os.waitpid(forked, 0)
+        os.kill(orphan, signal.SIGKILL)
 
 
 def test_a_dead_holder_is_named_by_nobody(tmp_path: Path) -> None:
