@@ -116,6 +116,11 @@ class Document:
             Cell("; ".join(remarks)),
         ]
 
+    @property
+    def caveats(self) -> dict[str, str]:
+        """What must be said of the memory of the machines that were measured."""
+        return {what: why for run in self.evidence.runs for what, why in caveats(run.run.environment).items()}
+
     def tag(self, *choices: Choice) -> str:
         """The runs that the figures of choices come from, each once: those of memory first."""
         return " ".join(dict.fromkeys(self.tags[run.path] for choice in choices for run in choice.runs))

@@ -91,6 +91,8 @@ def _row(record: Record) -> list[str]:
     if record.exactness is not None and not record.exact and record.exactness.mean_abs_difference:
         what = "not exact" if record.exactness.claimed else "the image"
         label += f"\n   {what}: differs by {record.exactness.mean_abs_difference:.2g}"
+    if record.disturbed:
+        label += f"\n   disturbed: {record.disturbed}"
     if record.gpus:
         each = (f"{gib(gpu.required_bytes)}" for gpu in record.gpus)
         label += f"\n   {len(record.gpus)} GPUs: {', '.join(each)}"
