@@ -442,11 +442,14 @@ def manager_on(terminal: Terminal | None, **session: Any) -> Manager:
     return found
 
 
-def test_a_line_that_stays_is_shown_where_there_is_no_terminal_to_rewrite_on() -> None:
+def test_a_line_that_stays_is_shown_where_there_is_no_terminal_to_rewrite_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     terminal = Terminal()
     manager_on(terminal).tell("waiting for pid 5: another sweep measures on this GPU")
     assert terminal.lines == ["vram: waiting for pid 5: another sweep measures on this GPU"]
-    manager_on(None).tell("under xdist nobody is told")
+    manager_on(None).tell("an xdist worker waits")
+    assert capsys.readouterr().err == "vram: an xdist worker waits\n"
 
 
 def test_memory_that_means_something_else_is_said_under_the_table() -> None:

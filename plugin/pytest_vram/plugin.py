@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -343,12 +344,14 @@ class Manager:
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
 
     def tell(self, text: str) -> None:
-        """A line that stays."""
-        if self.terminal is not None:
-            self.say("")
-            capture = self.config.pluginmanager.getplugin("capturemanager")
-            with capture.global_and_fixture_disabled() if capture else nullcontext():
+        """A line that stays; an xdist worker, which has no terminal, writes it to stderr."""
+        self.say("")
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            if self.terminal is not None:
                 self.terminal.write_line(f"vram: {text}")
+            else:
+                print(f"vram: {text}", file=sys.stderr)
 
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""

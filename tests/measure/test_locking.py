@@ -86,6 +86,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
         sweep.end()
 
 
+NO_GPUS: list[nvml.Gpu] = []
+
+
 def is_free(name: str, folder: Path) -> bool:
     fd = os.open(folder / f"pytest-vram-{name}.lock", os.O_RDWR)
     try:
@@ -113,7 +116,7 @@ def test_each_gpu_has_a_lock_that_names_its_holder_and_ends_with_it(tmp_path: Pa
 
 
 def test_gpus_that_nvml_does_not_know_have_one_lock(tmp_path: Path) -> None:
-    for gpus in (None, []):
+    for gpus in (None, NO_GPUS):
         locks = lock_gpus(gpus, print, tmp_path)
         assert not is_free(ALL, tmp_path)
         assert locks.cover(["whatever"])

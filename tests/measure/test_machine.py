@@ -1,7 +1,8 @@
 """What a session starts, in which order, and what it asks once; workers, NVML and locks are played."""
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -106,12 +107,12 @@ class Lock:
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     played = Played()
     monkeypatch.setattr(module, "ForkServer", played.server)
     monkeypatch.setattr(module, "lock_gpus", played.lock)
     monkeypatch.setattr(module, "visible_gpus", lambda count: list(played.gpus.values())[:count])
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(nvml, "driver_version", lambda: "580.95.05")
     monkeypatch.setattr(nvml, "gpu_by_uuid", played.gpu_by_uuid)
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-45-generic")

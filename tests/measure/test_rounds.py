@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pytest_vram.measure import generation
-from pytest_vram.measure.generation import _Generation, _of_all
+from pytest_vram.measure.generation import _agreed, _Generation, _highest
 
 
 class Played(_Generation):
@@ -63,22 +64,26 @@ def test_no_round_is_repeated_beyond_the_timeout() -> None:
 
 
 def test_processes_that_run_together_repeat_what_any_of_them_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = iter([{"throttled": [0], "room": 9}, {"throttled": [0, 4], "room": 0}])
-    monkeypatch.setattr(generation, "_of_all", lambda said: [said, next(other)])
-    assert len(Played([1]).rounds(None, 3)) == 5  # two more; then the other has no time left
+    other = iter([[1, 0, 0, -9], [1, 0, 0, 0, 1, 0]])  # the second time it has no time left
+
+    def highest(numbers: Sequence[int]) -> list[int]:
+        return [max(pair) for pair in zip(numbers, next(other), strict=True)]
+
+    monkeypatch.setattr(generation, "_highest", highest)
+    assert len(Played([1]).rounds(None, 3)) == 5
 
 
 @pytest.fixture
-def group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+def group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
-def test_alone_a_process_hears_itself() -> None:
-    assert _of_all({"throttled": [1]}) == [{"throttled": [1]}]
+def test_alone_a_process_says_what_is_so() -> None:
+    assert (_agreed(7), _highest([3, -1])) == (7, [3, -1])
 
 
 @pytest.mark.usefixtures("group")
-def test_of_a_group_each_says_something() -> None:
-    assert _of_all({"throttled": [1], "room": 5}) == [{"throttled": [1], "room": 5}]
+def test_so_does_a_group_of_one() -> None:
+    assert (_agreed(7), _highest([3, -1])) == (7, [3, -1])

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class _Generation:
         self.found["warmup_s"] = time.perf_counter() - began
         self.found["compile_s"] = compile_seconds() - compiled_s
         self.found["effects"] = {n: "applied" if seen() else "no_effect" for n, seen in self.seen.items()}
-        rounds: int = _of_all(self.job["rounds"] or self.rounds_for(pilot_s))[0]
+        rounds = _agreed(self.job["rounds"] or self.rounds_for(pilot_s))
         self.track_memory = False
         gc.collect()
         gc.freeze()  # what is alive now stays: later collections need not walk it
@@ -147,9 +148,10 @@ class _Generation:
                 self.reporter.send("round", index=len(durations) - 1)
             throttled = self.reporter.ask("rounds_over")["throttled"]
             each_s = (time.monotonic() - began) / len(durations)
-            said = _of_all({"throttled": throttled, "room": self.rounds_left(each_s)})
-            lost = {index for one in said for index in one["throttled"]}
-            batch = min(asked - len(durations) + len(lost), most - len(durations), *(one["room"] for one in said))
+            lost = [int(index in throttled) for index in range(len(durations))]
+            *lost, no_room = _highest([*lost, -self.rounds_left(each_s)])
+            batch = min(asked + sum(lost), most) - len(durations)
+            batch = min(batch, -no_room)
         return durations
 
     def set_compilation_apart(self) -> None:
@@ -244,13 +246,22 @@ class _Generation:
         )
 
 
-def _of_all(said: Any) -> list[Any]:
-    """What each of the processes that run a pipeline together says, by rank; each of them must come here."""
+def _agreed(rounds: int) -> int:
+    """What the first of the processes that run a pipeline together says."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [said]
-    gathered = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, said)
-    return gathered
+        return rounds
+    said = torch.tensor([rounds], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.broadcast(said, 0)
+    return int(said)
+
+
+def _highest(numbers: Sequence[int]) -> list[int]:
+    """Each the highest that any of the processes that run a pipeline together says; all of them must come here."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(numbers)
+    said = torch.tensor(numbers, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+    return [int(number) for number in said.tolist()]
 
 
 def out_of_memory(error: BaseException | None) -> bool:
