@@ -140,6 +140,22 @@ def test_the_second_sweep_waits_and_says_for_whom(tmp_path: Path, start: Start) 
     locked[0].close()
 
 
+def test_a_holder_that_has_not_written_its_name_is_waited_for_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locking, "POLL_S", 0.01)
+    monkeypatch.setattr(locking, "NAMELESS_S", 0.05)
+    first = lock(tmp_path, Named("MIG-1", part_of=A))  # shares the lock of its GPU, which names nobody
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        first.close()
+
+    lock_gpus([A], say, tmp_path).close()
+    assert said == ["waiting for a process: another sweep measures on this GPU"]
+
+
 def test_ctrl_c_ends_the_wait(tmp_path: Path, start: Start) -> None:
     locks = lock(tmp_path, A)
     # not a child of this process, which would be a part of this sweep

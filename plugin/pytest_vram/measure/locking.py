@@ -24,6 +24,7 @@ except ImportError:  # pragma: no cover  # Windows
 
 FOLDER = Path("/tmp")  # not TMPDIR: that differs from one user and job to the next
 POLL_S = 0.2
+NAMELESS_S = 1.0  # who has just got the lock has not yet written its name; of those that share one nobody does
 ALL = "all"  # the lock where it is not known which GPUs there are
 SAME_START_S = 2.0  # the clock by which processes tell when they began may be set meanwhile
 
@@ -59,7 +60,7 @@ class Locks:
         """
         fd = _open(self.folder / f"pytest-vram-{name}.lock")
         self._fds.append(fd)
-        said = ""
+        said, began = "", time.monotonic()
         while not _lock(fd, shared):
             holder = _holder(fd)
             if holder and _is_family(*holder):  # this sweep is a part of that one, which waits for it
@@ -68,7 +69,7 @@ class Locks:
                 break
             who = f"pid {holder[0]}" if holder else "a process"
             text = f"waiting for {who}: another sweep measures on this GPU"
-            if text != said:
+            if text != said and (holder or time.monotonic() - began > NAMELESS_S):
                 self.say(text)
                 said = text
             time.sleep(POLL_S)
