@@ -413,6 +413,21 @@ def test_no_record_at_all_still_makes_a_document(tmp_path: Path) -> None:
     assert not list((tmp_path / "charts").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"unified_memory": False}, ""),
+        ({"unified_memory": True}, "GPU and host share one memory"),
+        ({"spills": "WSL"}, "Windows may move GPU memory to the host"),
+    ],
+)
+def test_a_machine_whose_memory_means_something_else_is_remarked(facts: dict[str, Any], said: str) -> None:
+    report = a_report(a_run(record(), environment={**H100, **facts}), a_run(record(), path="other.json"))
+    text = markdown(report)
+    assert [row[-1] for row in tables(text)["Runs"][2:]] == [said, ""]
+    assert (f"**{said}**: " in text) is bool(said)  # how to read it
+
+
 def test_refused_records_are_named_with_their_run() -> None:
     report = a_report(a_run(record(), refused=("sdxl/fp16/1024x1024/b4: need_bytes is above",)))
     assert re.search(r"^- R1: sdxl/fp16/1024x1024/b4: need", markdown(report), re.MULTILINE)

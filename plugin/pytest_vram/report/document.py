@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_vram.cases.models import Model
+from pytest_vram.records.caveats import caveats
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
@@ -102,6 +103,7 @@ class Document:
 
         remarks = [] if run.run.complete else ["not complete"]
         remarks += [f"{len(run.refused)} refused"] if run.refused else []
+        remarks += caveats(environment)
         software = f"torch {said('torch')}, diffusers {said('diffusers')}"
         return [
             Cell(self.tags[run.path]),
@@ -113,6 +115,11 @@ class Document:
             Cell(str(len(run.records))),
             Cell("; ".join(remarks)),
         ]
+
+    @property
+    def caveats(self) -> dict[str, str]:
+        """What must be said of the memory of the machines that were measured."""
+        return {what: why for run in self.evidence.runs for what, why in caveats(run.run.environment).items()}
 
     def tag(self, *choices: Choice) -> str:
         """The runs that the figures of choices come from, each once: those of memory first."""
