@@ -448,6 +448,15 @@ def test_a_limit_checks_the_verdict(status: str, limit: int, agree: bool) -> Non
     assert len(cells_of(report, "sdxl", "required GiB")) == 1, "a check says no need"
 
 
+def test_a_limit_checks_what_another_gpu_or_an_estimate_says() -> None:
+    limited = a_run(record(case={"limit_bytes": 13000 * MIB}, id="limited"), environment={"gpu": "NVIDIA H200"})
+    for known, said in ((a_run(record()), ""), (a_run(estimate(), environment={"torch": "2.11.0"}), r"\~")):
+        header, _, row = tables(markdown(a_report(known, limited)))["Verdicts that were checked"]
+        found = dict(zip(header, row, strict=True))
+        assert found["required GiB"].startswith(said + "12."), found
+        assert found["agree"] == "yes"
+
+
 # Names that mean harm
 
 HOSTILE = {

@@ -307,12 +307,14 @@ class Document:
         return Table("Largest batch and resolution", columns, rows, 3)
 
     def checks(self) -> Table:
-        """The cases that ran with no more memory than a limit, beside what their need says of that limit."""
+        """The cases that ran with no more memory than a limit, beside what their need says of that limit: as searched on
+        that GPU, else on another, else simulated."""
         rows = []
         for check in self.evidence.checks:
             limit = check.record.case.limit_bytes or 0
-            known = self.evidence.choices.get(check.workload, {}).get(check.gpu_key, {}).get(check.optimizations)
+            known = self.evidence.speaks_of(check)
             needed = known.required_bytes if known else None
+            mark = "~" if known and known.estimated else ""
             found = "completes" if check.record.status == "ok" else "out of memory"
             expected = free = agree = NOTHING
             if needed is not None:
@@ -325,7 +327,7 @@ class Document:
                     Cell("", name=check.name),
                     Cell(gib(limit)),
                     Cell(" or ".join(self._cards_with(limit)[:2]) or NOTHING),
-                    Cell(gib(needed)),
+                    Cell(mark + gib(needed)),
                     Cell(free),
                     Cell(expected),
                     Cell(found),

@@ -292,6 +292,12 @@ class Evidence:
         """Its choices, measured and estimated."""
         return [choice for sets in self.choices[workload].values() for choice in sets.values()]
 
+    def speaks_of(self, choice: Choice) -> Choice | None:
+        """What is known of the same set of the same workload: on its GPU, else on another, else as estimated."""
+        by_gpu = self.choices.get(choice.workload, {})
+        known = [sets[choice.optimizations] for sets in by_gpu.values() if choice.optimizations in sets]
+        return min(known, key=lambda one: (one.gpu_key != choice.gpu_key, one.estimated), default=None)
+
     @cached_property
     def gpus(self) -> list[str]:
         """The GPUs that something was measured on."""
