@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -72,12 +73,23 @@ class Manager:
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
 
+    def tell(self, text: str) -> None:
+        """A line that stays; an xdist worker, which has no terminal, writes it to stderr."""
+        self.say("")
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            if self.terminal is not None:
+                self.terminal.write_line(f"vram: {text}")
+            else:
+                print(f"vram: {text}", file=sys.stderr)
+
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""
         if self.session is None:
             from pytest_vram.session import SweepSession
 
-            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, part=self.part)
+            root, part = self.config.rootpath, self.part
+            self.session = SweepSession(read(self.config), root, self.say, self.tell, part=part)
         return self.session
 
     def refuse(self, problem: str) -> NoReturn:
@@ -336,12 +348,17 @@ class Manager:
         if session is None:
             return
         if session.written:
+            from pytest_vram.records.caveats import caveats
             from pytest_vram.report.summary import legend, summary, where_time_went
 
             terminalreporter.section("VRAM")
             for written in session.written:
                 terminalreporter.write_line(summary(written.records, written.run.aliases))
             terminalreporter.write_line(legend())
+            for what, why in dict(
+                found for one in session.written for found in caveats(one.run.environment).items()
+            ).items():
+                terminalreporter.write_line(f"vram: {what}: {why}")
             if session.options.device != "meta":
                 gpus = len(self.controller.gpus) if self.controller else 1
                 terminalreporter.write_line(where_time_went(session.fresh, session.spent_s, gpus))
