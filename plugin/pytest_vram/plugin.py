@@ -355,9 +355,8 @@ class Manager:
             for written in session.written:
                 terminalreporter.write_line(summary(written.records, written.run.aliases))
             terminalreporter.write_line(legend())
-            for what, why in dict(
-                found for one in session.written for found in caveats(one.run.environment).items()
-            ).items():
+            found = [caveat for one in session.written for caveat in caveats(one.run.environment).items()]
+            for what, why in dict.fromkeys(found):
                 terminalreporter.write_line(f"vram: {what}: {why}")
             if session.options.device != "meta":
                 gpus = len(self.controller.gpus) if self.controller else 1
