@@ -14,7 +14,7 @@ from pytest_vram.cases.sweep import Overrides, expand, read_sweep, read_threshol
 from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
 from pytest_vram.compare.timing import WORKERS, Again
-from pytest_vram.errors import UsageError
+from pytest_vram.errors import NotSaved, UsageError
 from pytest_vram.measure import environment
 from pytest_vram.measure.again import top_of
 from pytest_vram.measure.channel import Message
@@ -22,18 +22,17 @@ from pytest_vram.measure.estimates import Estimates, estimated_record, with_esti
 from pytest_vram.measure.exactness import References
 from pytest_vram.measure.job import job_of, own_job
 from pytest_vram.measure.machine import Device, Machine, start_machine
-from pytest_vram.measure.measurement import SEARCH_INTERRUPTED, CaseInterrupted, Estimated, Settings, measure
+from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
-from pytest_vram.records.files import Journal, folder_of, new_path, unfinished
+from pytest_vram.records.files import Journal, folder_of, new_path
 from pytest_vram.records.reading import ReadRun
+from pytest_vram.records.resuming import Unfinished, find_unfinished, is_done, kept
 from pytest_vram.records.schema import Record, Run
 
 PACKAGED_MATRIX = Path(__file__).parent / "cases" / "matrix.toml"
-SAME_TO_RESUME = ("gpu", "driver", "torch", "cuda", "diffusers", "transformers", "accelerate", "commit", "dirty")
-DONE = ("ok", "oom", "skipped")  # a resumed sweep tries everything else again
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,9 @@ class SweepSession:
         self._cases: list[str] = []  # of all shards, in the order of the sweep; empty without a shard
         self._asked_others: dict[str, list[str]] = {}
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
+        self._resumed: Unfinished | None = None
+        self.notes: list[str] = []  # what a person should know beside the records
+        self.unsaved = ""  # why records that were found are not on the disk
 
     # Collection
 
@@ -281,6 +283,8 @@ class SweepSession:
                 "selection": self.options.selection,
                 "workers": options.settings.workers,
                 "rounds": options.settings.rounds,
+                "need": options.settings.need,
+                "limit_bytes": options.limit_bytes,
             },
         )
 
@@ -291,46 +295,29 @@ class SweepSession:
             return
         self.say("the base")
         described = self._described(facts)
-        resumed, _ = (options.resume and self._unfinished(self._folder(facts))) or (None, None)
+        unfinished = self._unfinished(self._folder(facts)) if options.resume else None
+        resumed = unfinished.path if unfinished else None
         self.base = Base(options.base, described, options.results, self.root, self._thresholds, resumed)
         self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned}, set(self._cases))
 
-    def _unfinished(self, folder: Path) -> tuple[Path, Run] | None:
-        """The newest unfinished run of this folder, and its file: of this shard, if there is one."""
-        found = list(unfinished(folder))
-        shard = str(self.options.shard) if self.options.shard else None
-        return next((one for one in found if _shard(one[1]) == shard), next(iter(found), None))
+    def _unfinished(self, folder: Path) -> Unfinished | None:
+        """What a resumed run goes on with, found once."""
+        if self._resumed is None:
+            self._resumed = find_unfinished(folder, str(self.options.shard) if self.options.shard else None)
+            self.notes += self._resumed.notes if self._resumed else []
+        return self._resumed
 
     def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
         """The newest unfinished run of this folder, and its records that need not be made again."""
-        found, old = self._unfinished(folder) or (None, run)
+        found = self._unfinished(folder)
         if found is None:
             raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
-        if (shard := _shard(old)) != _shard(run):
-            what = f"shard {shard}; give --vram-shard {shard}, or" if shard else "no shard;"
-            raise UsageError(f"--vram-resume: {found} is {what} leave --vram-resume out to start a new run")
-        for key in SAME_TO_RESUME:
-            if old.environment.get(key) != run.environment.get(key):
-                raise UsageError(
-                    f"--vram-resume: {found} was made with {key} {old.environment.get(key)}, "
-                    f"this is {run.environment.get(key)}; leave --vram-resume out to start a new run"
-                )
-        if old.sweep != run.sweep:
-            raise UsageError(f"--vram-resume: {found} is of the sweep {old.sweep!r}; give --vram-sweep {old.sweep}")
-        if old.options.get("cases") != run.options.get("cases"):
-            raise UsageError(f"--vram-resume: {found} is a shard of other cases; give the same options")
-        planned = {plan.case.id: plan.case for plan in self.planned}
-        for record in old.records:
-            if planned.get(record.id, record.case) != record.case:
-                raise UsageError(
-                    f"--vram-resume: {found} measured {record.id} with other steps or weights; give the same options"
-                )
-        return found.with_suffix(".json"), [record for record in old.records if _is_done(record)]
+        return found.path.with_suffix(".json"), kept(found, run, {plan.case.id: plan.case for plan in self.planned})
 
     @staticmethod
     def _known(records: dict[str, Record], case: AnyCase) -> Record | None:
         record = records.get(case.id)
-        return record if record is not None and record.case == case and _is_done(record) else None
+        return record if record is not None and record.case == case and is_done(record) else None
 
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
@@ -380,8 +367,7 @@ class SweepSession:
         try:
             return measure(case, job, self.machine, self.options.settings, self.say, estimated, self.references)
         except CaseInterrupted as interrupt:
-            if self.journal:
-                self.journal.add(interrupt.record)
+            self._store(interrupt.record)
             raise KeyboardInterrupt from None
 
     def _estimate(self, plan: Plan) -> Record:
@@ -398,9 +384,24 @@ class SweepSession:
             self.open_journal({})
         assert self.journal is not None
         if self.journal.records.get(record.id) != record:
-            self.journal.add(record)
+            self._store(record)
             self.fresh.append(record)
         self.finished[record.id] = record
+
+    def _store(self, record: Record) -> None:
+        """Into the journal; where there is no room for it the sweep goes on, and it is tried again with the next."""
+        if self.journal is None:
+            return
+        try:
+            self.journal.add(record)
+        except NotSaved as error:
+            if not self.unsaved:
+                self.notes.append(f"{error}; what is found is kept in memory and written once there is room")
+            self.unsaved = str(error)
+        else:
+            if self.unsaved:
+                self.notes.append(f"{self.journal.path} has all that is found again")
+            self.unsaved = ""
 
     def skip(self, node_id: str) -> None:
         """A test was skipped before it measured: its case is none of this run's."""
@@ -430,7 +431,17 @@ class SweepSession:
         if self.others_aliases:
             options = {**self.journal.run.options, **self._asked_others}
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases, "options": options})
-        self.run_path = self.journal.finish(complete)
+        try:
+            self.run_path = self.journal.finish(complete)
+        except NotSaved as error:
+            lost = (
+                f", but for the last {self.journal.unsaved} that there was no room for" if self.journal.unsaved else ""
+            )
+            what = f"{error}; {self.journal.path.name} beside it has the records{lost}"
+            self.unsaved = f"{what}: free some space and give --vram-resume"
+            self.notes.append(self.unsaved)
+            return
+        self.unsaved = ""
         self.complete = complete
 
     def compare(self, interrupted: bool) -> None:
@@ -532,6 +543,10 @@ class SweepSession:
             self.estimates.close()
         if self.machine:
             self.machine.close()
+        if self.journal:
+            self.journal.close()
+        if self._resumed:
+            self._resumed.held.close()
 
     @property
     def records(self) -> list[Record]:
@@ -542,16 +557,6 @@ class SweepSession:
 def _whole_path(model: str) -> str:
     """A saved pipeline's folder from wherever it is looked for; a name or hub id as it is."""
     return str(Path(model).resolve()) if is_folder(model) and Path(model).exists() else model
-
-
-def _is_done(record: Record) -> bool:
-    """Whether a resumed sweep need not measure this case again."""
-    return record.status in DONE and record.unavailable.get("memory.need_bytes") != SEARCH_INTERRUPTED
-
-
-def _shard(run: Run) -> Any:
-    """The shard that a run says it is, or None."""
-    return run.options.get("shard")
 
 
 def _split(node_id: str) -> tuple[str, str]:

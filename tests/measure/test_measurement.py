@@ -21,17 +21,11 @@ from pytest_vram.measure.exactness import References
 from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
 from pytest_vram.measure.job import job_of
 from pytest_vram.measure.machine import Device, Machine
-from pytest_vram.measure.measurement import (
-    SEARCH_INTERRUPTED,
-    CaseInterrupted,
-    Estimated,
-    Settings,
-    measure,
-)
+from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.recording import NEED_FIELDS
 from pytest_vram.measure.sampling import Sampler
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
-from pytest_vram.records.schema import Exactness, Failure, Memory, PhaseCost, Record, Time
+from pytest_vram.records.schema import SEARCH_INTERRUPTED, Exactness, Failure, Memory, PhaseCost, Record, Time
 from tests.measure.tasks import DIFFERENCE, MIB, ROUND
 
 TINY = read_model(Path(__file__).parents[1] / "models" / "tiny-sd.toml")

@@ -21,11 +21,18 @@ from pytest_vram.measure.recording import WorkerRun, record_of, skipped, with_ex
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, gpus_of, impossible
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
-from pytest_vram.records.schema import NOT_SEARCHED, Failure, GpuMemory, Record, Wall
+from pytest_vram.records.schema import (
+    NOT_FOR_MEMORY,
+    NOT_SEARCHED,
+    SEARCH_INTERRUPTED,
+    Failure,
+    GpuMemory,
+    Record,
+    Wall,
+)
 
 FOLLOW_S = 30.0  # until the workers beside the first have reported, too
 GENERATION = "pytest_vram.measure.generation:run"
-SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,7 @@ class CaseWorkers:
                 self._swallows = self._worker(self._room, probe=True).done
             memory_is_why = self._swallows
         if not memory_is_why:
-            raise NoNeed(f"within {room} it failed, but not for memory: {outcome['message']}")
+            raise NoNeed(f"within {room} {NOT_FOR_MEMORY}: {outcome['message']}")
         return Probe(cap, False, failed_in=outcome.get("phase"))
 
     def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> WorkerRun:
