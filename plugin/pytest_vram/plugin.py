@@ -319,7 +319,7 @@ class Manager:
         self.interrupted = False
         self.deselected: list[str] = []
         self.problem: str | None = None  # why there is no verdict
-        self.shown = 0
+        self.shown = self.told = 0
 
     @property
     def terminal(self) -> Any:
@@ -341,6 +341,15 @@ class Manager:
         capture = self.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
+
+    def tell(self) -> None:
+        """What the session has to say beside its records, once."""
+        if self.session is None or self.terminal is None or self.under_xdist:
+            return
+        for note in self.session.notes[self.told :]:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"vram: {note}", yellow=True)
+        self.told = len(self.session.notes)
 
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""
@@ -452,6 +461,7 @@ class Manager:
             self.sweep().start(plans, node_ids, keep_journal=not self.under_xdist, deselected=self.deselected)
         except VramError as error:
             raise pytest.UsageError(str(error)) from error
+        self.tell()
         if self.under_xdist:
             aliases = names_with_aliases(plan.model for plan in plans)
             planned = {"ids": sorted(self.sweep().expected), "aliases": aliases, "asked": self.sweep().asked()}
@@ -504,6 +514,7 @@ class Manager:
         except UsageError as error:  # only under xdist, whose controller opens its journal with the first record
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         self.say("")
+        self.tell()
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
         documents = getattr(report, "vram", ())
@@ -542,8 +553,12 @@ class Manager:
         try:
             self.session.finish(self.interrupted)
             self.compare(session)
+        except KeyboardInterrupt:  # twice: somebody cannot wait; what was measured is in the journal
+            pytest.exit("vram: interrupted twice", returncode=pytest.ExitCode.INTERRUPTED)
         finally:
             self.session.close()
+        if self.session.unsaved:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def compare(self, session: pytest.Session) -> None:
         """The verdict against the base, and pytest's exit code for it."""
@@ -571,8 +586,9 @@ class Manager:
                     tell(f"vram.compared.{word.replace(' ', '_')}", count)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        self.tell()
         session = self.session
-        if session is None or session.run_path is None:
+        if session is None or (session.run_path is None and not session.unsaved):
             return
 
         from pytest_vram.report.summary import legend, summary, where_time_went
@@ -584,7 +600,10 @@ class Manager:
         terminalreporter.write_line(legend())
         if session.options.device != "meta":
             terminalreporter.write_line(where_time_went(session.fresh, session.spent_s))
-        terminalreporter.write_line(f"run file: {session.run_path}")
+        if session.unsaved:
+            terminalreporter.write_line(f"vram: {session.unsaved}", red=True)
+        else:
+            terminalreporter.write_line(f"run file: {session.run_path}")
         if session.comparison is not None:
             from pytest_vram.report.comparing import table as compared
 

@@ -15,6 +15,7 @@ from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
 from pytest_vram.compare.timing import WORKERS, Again
 from pytest_vram.errors import NotSaved, UsageError
+from pytest_vram.interrupting import terminate_as_ctrl_c
 from pytest_vram.measure import environment
 from pytest_vram.measure.again import top_of
 from pytest_vram.measure.channel import Message
@@ -99,6 +100,7 @@ class SweepSession:
         self._asked_others: dict[str, list[str]] = {}
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
         self._resumed: Unfinished | None = None
+        self._restore: Callable[[], None] = lambda: None
         self.notes: list[str] = []  # what a person should know beside the records
         self.unsaved = ""  # why records that were found are not on the disk
 
@@ -175,6 +177,7 @@ class SweepSession:
         that were left out. `keep_journal` is off in xdist workers: their controller keeps it.
         """
         options = self.options
+        self._restore = terminate_as_ctrl_c()
         self.began = time.monotonic()
         self.planned = list({plan.case: plan for plan in plans}.values())
         self.expected = {plan.case.id for plan in self.planned}
@@ -439,7 +442,6 @@ class SweepSession:
             )
             what = f"{error}; {self.journal.path.name} beside it has the records{lost}"
             self.unsaved = f"{what}: free some space and give --vram-resume"
-            self.notes.append(self.unsaved)
             return
         self.unsaved = ""
         self.complete = complete
@@ -547,6 +549,7 @@ class SweepSession:
             self.journal.close()
         if self._resumed:
             self._resumed.held.close()
+        self._restore()
 
     @property
     def records(self) -> list[Record]:

@@ -90,9 +90,18 @@ def measure(
     weights = getattr(case, "weights", "pretrained")
     if reason := impossible(case.optimizations, machine.device, weights, len(machine.gpus)):
         return skipped(reason, common)
-    with TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True) as caches:
+    lost = len(machine.starter.losses)
+    try:
+        folder = TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True)
+    except OSError as error:
+        return _not_measured(_no_room(error), common, 0.0)
+    with folder as caches:
         measurer = CaseWorkers(case, job, machine, settings, say, Path(caches))
-        return _measured(measurer, estimated, references, common)
+        record = _measured(measurer, estimated, references, common)
+    if not (lately := machine.starter.losses[lost:]):
+        return record
+    disturbed = "; ".join(filter(None, [record.disturbed, *lately]))
+    return record.model_copy(update={"disturbed": disturbed})
 
 
 def _measured(
@@ -104,11 +113,9 @@ def _measured(
         against, no_reference = measurer.compare(references)
         runs = measurer.rounds()
     except KeyboardInterrupt:
-        wall = Wall(total_s=time.monotonic() - began)
-        failure = Failure(message="interrupted")
-        nothing = {"memory": "interrupted", "time": "interrupted"}
-        record = Record(status="error", failure=failure, wall=wall, unavailable=nothing, **common)
-        raise CaseInterrupted(record) from None
+        raise CaseInterrupted(_not_measured("interrupted", common, time.monotonic() - began)) from None
+    except OSError as error:
+        return _not_measured(_no_room(error), common, time.monotonic() - began)
     if runs[-1].outcome["event"] == "skipped":
         return skipped(without_paths(runs[-1].outcome["message"]), common)
     record = record_of(case, machine, runs, time.monotonic() - began, common)
@@ -128,7 +135,21 @@ def _measured(
         raise CaseInterrupted(without_need(after_search(), SEARCH_INTERRUPTED)) from None
     except NoNeed as error:
         return without_need(after_search(), without_paths(str(error)))
+    except OSError as error:
+        return without_need(after_search(), f"{NOT_FOR_MEMORY}: {_no_room(error)}")
     return with_need(after_search(), needs, machine)
+
+
+def _not_measured(message: str, common: dict[str, Any], seconds: float) -> Record:
+    """The record of a case of which nothing is known."""
+    failure, nothing = Failure(message=message), {"memory": message, "time": message}
+    return Record(status="error", failure=failure, wall=Wall(total_s=seconds), unavailable=nothing, **common)
+
+
+def _no_room(error: OSError) -> str:
+    """Why this process could not make what a worker needs, such as a temporary folder."""
+    where = f": {without_paths(str(error.filename))}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 class CaseWorkers:
@@ -457,6 +478,8 @@ def _died(worker: Worker, phase: str | None) -> str:
         cause = f"was killed by signal {-code}"
         if code == -9:
             cause += " (the kernel does so when the host runs out of memory)"
+    elif code is None:
+        cause = "ended, nobody knows how: the fork server was gone before it"
     else:
         cause = f"ended with exit code {code}"
     lines = [line for line in worker.output_tail().splitlines() if line.strip()]
