@@ -1,8 +1,10 @@
 """One sweep, from the options to the run file: the object that pytest's hooks talk to."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from pytest_vram.measure.machine import Device, Machine, start_machine
 from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
+from pytest_vram.measure.timeout import LEAST_S, timeout_s
 from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
 from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
 from pytest_vram.records.files import Journal, folder_of, new_path
@@ -99,6 +102,7 @@ class SweepSession:
         self._cases: list[str] = []  # of all shards, in the order of the sweep; empty without a shard
         self._asked_others: dict[str, list[str]] = {}
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
+        self._timeouts: dict[str, float] = {}  # from estimates, by case id
         self._resumed: Unfinished | None = None
         self._restore: Callable[[], None] = lambda: None
         self.notes: list[str] = []  # what a person should know beside the records
@@ -222,7 +226,7 @@ class SweepSession:
             capability = self.machine.facts.get("compute_capability")
             self.estimates = Estimates(wanted, models, self.machine.starter, capability, ahead=keep_journal)
         if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
-            self.estimates.finish(options.settings.timeout_s, self.say)
+            self.estimates.finish(options.settings.timeout_s or LEAST_S, self.say)
         self.first_case_began = time.monotonic()
 
     def _read_own_thresholds(self, own: Iterable[str]) -> None:
@@ -331,7 +335,8 @@ class SweepSession:
             return self._estimate(plan)
         outcome: dict[str, Any] = {}
         if self.estimates and not impossible(plan.case.optimizations, self.options.device, plan.case.weights):
-            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
+            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)
+            self._timeouts[plan.case.id] = timeout_s(plan.case, outcome, self.options.settings.rounds)
         estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
         record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
         return with_estimate(record, outcome) if outcome else record
@@ -368,17 +373,22 @@ class SweepSession:
         assert self.machine is not None
         self._jobs[case.id] = case, job
         try:
-            return measure(case, job, self.machine, self.options.settings, self.say, estimated, self.references)
+            return measure(case, job, self.machine, self._settings(case.id), self.say, estimated, self.references)
         except CaseInterrupted as interrupt:
             self._store(interrupt.record)
             raise KeyboardInterrupt from None
+
+    def _settings(self, id: str) -> Settings:
+        """Those for one case: with the timeout from its estimate, unless one was given."""
+        settings = self.options.settings
+        return replace(settings, timeout_s=settings.timeout_s or self._timeouts.get(id, LEAST_S))
 
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
         if reason := impossible(plan.case.optimizations, "meta", plan.case.weights):
             return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "estimated"})
         self.say(f"estimating {plan.case.id}")
-        outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s)
+        outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)
         return estimated_record(plan.case, outcome, seconds)
 
     def keep(self, record: Record) -> None:
@@ -483,8 +493,9 @@ class SweepSession:
             installed = [name for name in tests if self.base.checkout.shared and self._is_installed(name)]
             tests = {name: node for name, node in tests.items() if name not in installed}
             folder = (self.run_path.parent / FOLDER / self.run_path.stem).absolute()
-            timeout_s = self.options.settings.timeout_s
-            again, notes = self.base.measure_again(tests, models, self._options_again, folder, timeout_s, self.say)
+            longest_s = max((self._settings(name).timeout_s or 0.0 for name in tests), default=LEAST_S)
+            options = partial(self._options_again, timeout_s=longest_s)
+            again, notes = self.base.measure_again(tests, models, options, folder, longest_s, self.say)
             if installed:
                 notes.append(
                     f"{installed[0]}: its pipeline is imported from outside the checkout, and would be the same on "
@@ -493,8 +504,8 @@ class SweepSession:
             names = [name for name in names if name not in again]
         else:
             again, notes = {}, []
-        settings = replace(self.options.settings, workers=WORKERS, need=False, save_images=None)
         for name in names:
+            settings = replace(self._settings(name), workers=WORKERS, need=False, save_images=None)
             if self.base.has_stored_workers(name) and name in self._jobs and self.machine:
                 self.say(f"{name} again")
                 record = measure(*self._jobs[name], self.machine, settings, self.say)
@@ -507,7 +518,7 @@ class SweepSession:
         files = [Path(job["own"][role]["file"]) for role in ("build", "call")] if "own" in job else []
         return any(not file.resolve().is_relative_to(top_of(self.root)) for file in files)
 
-    def _options_again(self, root: Path) -> list[str]:
+    def _options_again(self, root: Path, timeout_s: float) -> list[str]:
         """pytest's options with which a checkout measures single cases of this sweep once more."""
         options, settings, overrides = self.options, self.options.settings, self.options.overrides
         given: dict[str, Any] = {
@@ -522,7 +533,7 @@ class SweepSession:
             "rounds": settings.rounds,
             "weights": options.weights,
             "limit": options.limit_bytes and f"{options.limit_bytes}B",
-            "timeout": int(settings.timeout_s),
+            "timeout": math.ceil(timeout_s),
         }
         if options.matrix is not None:
             matrix, top = options.matrix.resolve(), top_of(self.root)

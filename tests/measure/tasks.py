@@ -171,6 +171,8 @@ def generate(job: Message, reporter: Reporter) -> None:
         reporter.ask("failed", **{**figures, **script["failed"]})
         return
     reporter.send("rounds", count=len(figures["rounds"]), pilot_s=1.0, found={"weights_bytes": 300 * MIB})
+    if script.get("hangs"):
+        time.sleep(60)
     for index in range(len(figures["rounds"])):
         reporter.send("round", index=index)
     if job.get("keep_output"):

@@ -534,6 +534,24 @@ def test_a_probe_that_hangs_ends_the_search(cuda: Stage) -> None:
     assert len(cuda.probed) == 1
 
 
+def test_a_probe_has_no_longer_than_the_case_lets_expect(cuda: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "later_timeout_s", lambda timeout_s, first_s: 1.0 if first_s < timeout_s else 9.0)
+    record = cuda.search(below="hang")
+    assert_no_need(record, "no result within 1 s")
+    assert record.time.median_s == pytest.approx(1.0)
+
+
+def test_rounds_that_hang_are_not_waited_for_as_long_as_a_cold_call(
+    cpu: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement, "LEAST_S", 0.0)
+    monkeypatch.setattr(measurement, "LATER_FACTOR", 0.1)
+    record = cpu.measure(hangs=True)  # in three rounds of a second each, as it says
+    assert record.status == "timeout"
+    assert re.fullmatch(r"no result within 0\.\d+ s \(--vram-timeout\)", failure_of(record).message)
+    assert record.memory.weights_bytes == 300 * MIB  # what was found before is kept
+
+
 def test_folders_are_cut_from_why_there_is_no_need(cuda: Stage) -> None:
     text = f"no file {Path.home()}/models/a"
     assert_no_need(cuda.search(below={**OTHER, "message": text}), "no file ~/models/a")

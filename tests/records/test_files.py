@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -317,7 +318,7 @@ def test_a_run_file_that_there_is_no_room_for_leaves_the_journal(
 ) -> None:
     journal = Journal(tmp_path / "run.json", a_run())
     journal.add(batch(1))
-    monkeypatch.setattr(files.json, "dump", no_room)
+    monkeypatch.setattr(json, "dump", no_room)
     with pytest.raises(NotSaved, match=rf"^{tmp_path / 'run.json'} could not be written: No space left on device$"):
         journal.finish(complete=True)
     journal.close()
@@ -361,7 +362,7 @@ def test_no_two_sweeps_of_one_second_share_a_name(tmp_path: Path, monkeypatch: p
 
     drawn = iter(["aaaa", "aaaa", "bbbb", "bbbb", "aaaa", "cccc"])
     monkeypatch.setattr(files, "datetime", Still)
-    monkeypatch.setattr(files.secrets, "token_hex", lambda size: next(drawn))
+    monkeypatch.setattr(secrets, "token_hex", lambda size: next(drawn))
     runs = [a_run([batch(size)]) for size in (1, 2, 4)]
     paths = []
     for number, run in enumerate(runs):

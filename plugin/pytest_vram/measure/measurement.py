@@ -19,6 +19,7 @@ from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
 from pytest_vram.measure.recording import WorkerRun, record_of, skipped, with_exactness, with_need, without_need
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
+from pytest_vram.measure.timeout import LATER_FACTOR, LEAST_S, later_timeout_s
 from pytest_vram.pipelines.optimizations import chosen, gpus_of, impossible
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.records.schema import (
@@ -37,11 +38,12 @@ GENERATION = "pytest_vram.measure.generation:run"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure; seconds. `interval_s` None turns sampling off, to see what it costs."""
+    """How to measure; seconds. `interval_s` None turns sampling off, to see what it costs; `timeout_s` None is what
+    measure/timeout.py says of a case without an estimate."""
 
     rounds: int | None = None
     round_budget_s: float = 3.0
-    timeout_s: float = 600.0
+    timeout_s: float | None = None
     save_images: str | None = None
     workers: int = 1
     interval_s: float | None = MEMORY_INTERVAL_S
@@ -172,6 +174,8 @@ class CaseWorkers:
         self.gpus = gpus_of(case.optimizations)
         self.processes = any(optimization.processes for optimization in chosen(case.optimizations))
         self.probes = 0
+        self.timeout_s = settings.timeout_s or LEAST_S
+        self._first_s: float | None = None  # what the first worker has taken that completed
         self._room = 0
         self._capped = list(range(self.gpus))  # of the GPUs those whose allocator gets the cap
         self._swallows: bool | None = None  # whether the pipeline is known to turn an out-of-memory into another error
@@ -180,7 +184,7 @@ class CaseWorkers:
             "device": machine.device,
             "rounds": settings.rounds,
             "round_budget_s": settings.round_budget_s,
-            "timeout_s": settings.timeout_s,
+            "timeout_s": self.timeout_s,
             "save_images": settings.save_images,
             "gpus": 1 if self.processes else self.gpus,
         }
@@ -214,7 +218,10 @@ class CaseWorkers:
         """As many workers as were asked for, or up to the first that fails."""
         runs: list[WorkerRun] = []
         while len(runs) < self.settings.workers and all(run.done for run in runs):
+            began = time.monotonic()
             runs.append(self._limited())
+            if runs[-1].done and self._first_s is None:
+                self._first_s = time.monotonic() - began
         return runs
 
     def _limited(self) -> WorkerRun:
@@ -381,7 +388,8 @@ class CaseWorkers:
             sampler.pid = worker.pid
         first, *others = (WorkerRun({}, sampler) for sampler in samplers)
         first.peers = others
-        conversation = _Conversation(worker, first, interval_s, self.say, began, settings.timeout_s)
+        timeout_s = self.timeout_s if self._first_s is None else later_timeout_s(self.timeout_s, self._first_s)
+        conversation = _Conversation(worker, first, interval_s, self.say, began, timeout_s)
         if job:
             conversation.say = lambda _: None
         return conversation
@@ -435,6 +443,7 @@ class _Conversation:
             elif event == "rounds":
                 self.rounds, self.found = message["count"], message["found"]
                 self.say(f"{self.rounds} rounds of about {message['pilot_s']:.2f} s")
+                self._expect(LEAST_S + LATER_FACTOR * self.rounds * message["pilot_s"])
             elif event == "round":
                 self.run.telemetry.append(sampler.end_round())
                 self.say(f"round {message['index'] + 1} of {self.rounds}")
@@ -451,9 +460,15 @@ class _Conversation:
             run.outcome = {"event": message["event"], **figures}
         self.run.outcome = message
 
+    def _expect(self, seconds: float) -> None:
+        """The result is to come within these seconds from now, unless it was to come before."""
+        sooner_s = self.deadline - time.monotonic() - seconds
+        if sooner_s > 0:
+            self.deadline, self.timeout_s = self.deadline - sooner_s, self.timeout_s - sooner_s
+
     def _time_out(self) -> None:
         where = f" in {self.phase}" if self.phase else ""
-        self.fail("timeout", f"no result within {self.timeout_s:g} s{where} (--vram-timeout)")
+        self.fail("timeout", f"no result within {self.timeout_s:.4g} s{where} (--vram-timeout)")
 
     def fail(self, status: str, message: str) -> None:
         """The worker says no more: what it had found before the rounds is kept."""
