@@ -139,7 +139,8 @@ class Journal:
             write_run(self.run_path, run)
         except OSError as error:
             if self._waiting:
-                self._write()
+                with contextlib.suppress(NotSaved):
+                    self._write()
             raise NotSaved(self.run_path, error) from error
         self.path.unlink()
         self.close()
