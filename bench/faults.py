@@ -31,6 +31,7 @@ from pytest_vram.cases.thresholds import Limits
 from pytest_vram.compare.comparing import compare
 from pytest_vram.compare.finding import read_one
 from pytest_vram.measure import nvml
+from pytest_vram.measure.worker import die_with_parent
 from pytest_vram.records.files import read_journal
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.resuming import is_done
@@ -45,7 +46,7 @@ KINDS = {
     "server": ("fork server", signal.SIGKILL),
 }
 GONE_S = 10.0  # until the driver has freed what the last worker held
-LOOK_S = 0.02
+LOOK_S = 0.05
 
 
 @dataclass
@@ -69,8 +70,9 @@ class Sweep:
     def start(self, *more: str) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--vram-results={self.results}"]
         self.log = (self.results.parent / f"{self.results.name}.log").open("a")
+        command += [*self.options, *more]
         self.process = subprocess.Popen(
-            [*command, *self.options, *more], cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT
+            command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent
         )
 
     def watch(self) -> Iterator[tuple[int, psutil.Process | None, psutil.Process | None]]:

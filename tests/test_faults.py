@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pytest_vram.interrupting import terminate_as_ctrl_c
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
 
@@ -179,6 +180,26 @@ def test_a_ci_that_times_out_gets_what_was_found(project: Project) -> None:
     whole = project.found()
     assert (whole.complete, statuses(whole)) == (True, dict.fromkeys(CASES, "ok"))
     assert whole.records[0] == run.records[0]
+
+
+def test_a_signal_that_somebody_else_handles_is_left_to_them() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    theirs = [signal.SIG_IGN, lambda *_: None]
+    try:
+        for handler in theirs:
+            signal.signal(signal.SIGTERM, handler)
+            restore = terminate_as_ctrl_c()
+            assert signal.getsignal(signal.SIGTERM) is handler
+            restore()
+            assert signal.getsignal(signal.SIGTERM) is handler
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        restore = terminate_as_ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        restore()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "as CI does"])
