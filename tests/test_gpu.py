@@ -234,3 +234,26 @@ def test_doctor_finds_nothing_missing() -> None:
     )
     assert result.returncode == 0, result.stdout
     assert all(finding["verdict"] != "missing" for finding in json.loads(result.stdout))
+
+
+def test_a_case_on_each_gpu(tmp_path: Path) -> None:
+    which = ["--vram-sweep=smoke", "-k", "stable-diffusion-v1-5", "--vram-batch-sizes=1,2"]
+    given = [sys.executable, "-m", "pytest", "bench", "--gpu", *which, "--vram-rounds=5", NO_NEED]
+    found = []
+    for more in ("-n0", "-nauto"):
+        results = tmp_path / more
+        ran = subprocess.run(
+            [*given, more, f"--vram-results={results}"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        found.append(only_run(results))
+    one, several = found
+    assert several.complete
+    assert [record.id for record in several.records] == [record.id for record in one.records]
+    if len(nvml.gpus()) > 1:
+        parts = several.environment["merged"]
+        assert len({part["gpu_uuid"] for part in parts}) == len(parts) == min(len(nvml.gpus()), len(one.records))
+    for alone, beside in zip(one.records, several.records, strict=True):
+        assert beside.memory.allocated_peak_bytes == alone.memory.allocated_peak_bytes
+        assert beside.memory.estimated_need_bytes == alone.memory.estimated_need_bytes
+        assert beside.exact == alone.exact

@@ -13,9 +13,10 @@ from pytest_vram.cases.thresholds import Limits
 from pytest_vram.compare.comparing import compare
 from pytest_vram.compare.finding import Like, find_run
 from pytest_vram.errors import NotComparable, UsageError
+from pytest_vram.planning import Options
 from pytest_vram.records.files import read_run, write_run
 from pytest_vram.records.reading import ReadRun
-from pytest_vram.session import Options, SweepSession
+from pytest_vram.session import SweepSession
 from tests.compare.test_comparing import a_run
 from tests.records.test_schema import record
 from tests.test_plugin import HERE, TEST, command, project, run

@@ -1,82 +1,50 @@
 """One sweep, from the options to the run file: the object that pytest's hooks talk to."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pytest_vram.against import FOLDER, Base, BaseOptions, save
-from pytest_vram.cases.case import AnyCase, Case, OwnCase, Weights
-from pytest_vram.cases.models import Model, is_folder, model_from_folder, names_with_aliases, read_models
-from pytest_vram.cases.shard import Shard
-from pytest_vram.cases.sweep import Overrides, expand, read_sweep, read_thresholds
+from pytest_vram.against import Base, save
+from pytest_vram.cases.case import AnyCase, Case
+from pytest_vram.cases.models import Model, names_with_aliases
+from pytest_vram.cases.sweep import read_thresholds
 from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
-from pytest_vram.compare.timing import WORKERS, Again
+from pytest_vram.compare.timing import Again
+from pytest_vram.confirming import Confirmation
 from pytest_vram.errors import NotSaved, UsageError
+from pytest_vram.exchange import Part, Planned
 from pytest_vram.interrupting import terminate_as_ctrl_c
 from pytest_vram.measure import environment
-from pytest_vram.measure.again import top_of
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.exactness import References
 from pytest_vram.measure.job import job_of, own_job
-from pytest_vram.measure.machine import Device, Machine, start_machine
+from pytest_vram.measure.machine import Machine, start_machine
 from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
 from pytest_vram.measure.timeout import LEAST_S, timeout_s
-from pytest_vram.pipelines.hub import is_hub_id, model_from_hub
-from pytest_vram.pipelines.optimizations import impossible, parse_optimizations
-from pytest_vram.records.files import Journal, folder_of, new_path
+from pytest_vram.pipelines.optimizations import gpus_of, impossible
+from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
+from pytest_vram.records.files import Journal, folder_of, new_path, read_journal, run_path_of, write_run
+from pytest_vram.records.merging import joined
 from pytest_vram.records.reading import ReadRun
-from pytest_vram.records.resuming import Unfinished, find_unfinished, is_done, kept
+from pytest_vram.records.resuming import Unfinished, find_unfinished, kept, known
 from pytest_vram.records.schema import Record, Run
-
-PACKAGED_MATRIX = Path(__file__).parent / "cases" / "matrix.toml"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line, parsed once."""
-
-    device: Device = "meta"
-    matrix: Path | None = None
-    sweep: str = "default"
-    overrides: Overrides = field(default_factory=Overrides)
-    weights: Weights = "random"
-    limit_bytes: int | None = None
-    settings: Settings = field(default_factory=Settings)
-    results: Path = Path("results")
-    shard: Shard | None = None
-    resume: bool = False
-    allow_shared: bool = False
-    name_host: bool = False
-    estimate: bool = True
-    base: BaseOptions | None = None
-    tests: tuple[str, ...] = ()
-    selection: Mapping[str, Any] = field(default_factory=dict)  # pytest's own options that leave tests out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One case and the model it names."""
-
-    case: Case
-    model: Model
 
 
 class SweepSession:
     """Plans the cases, measures or estimates each when its turn comes, and keeps what was found.
 
-    `say` shows a passing line of progress; `root` is the folder whose commit the run names.
+    `say` shows a passing line of progress; `root` is the folder whose commit the run names; `part` is the share of an
+    xdist worker, where several measure.
     """
 
-    def __init__(self, options: Options, root: Path, say: Callable[[str], None]) -> None:
-        self.options, self.root, self.say = options, root, say
+    def __init__(self, options: Options, root: Path, say: Callable[[str], None], part: Part | None = None) -> None:
+        self.options, self.root, self.say, self.part = options, root, say, part
         self.machine: Machine | None = None
         self.journal: Journal | None = None
         self.estimates: Estimates | None = None
@@ -86,14 +54,14 @@ class SweepSession:
         self.fresh: list[Record] = []  # without those that a resumed run brought along
         self.began = self.first_case_began = time.monotonic()
         self.expected: set[str] = set()
-        self.run_path: Path | None = None
+        self.written: list[ReadRun] = []  # the run file, or of GPUs that differ one for each environment
         self.spent_s = 0.0
-        self.complete = False
         self.undecided = ""  # why times that look slower have no verdict, although a base checkout was given
         self.others_aliases: dict[str, list[str]] = {}
         self.base: Base | None = None
         self.comparison: Comparison | None = None
         self.comparison_path: Path | None = None
+        self.order: list[str] = []  # the ids of all cases
         self.node_ids: dict[str, str] = {}  # of the tests, by case id
         self.case_ids: dict[str, str] = {}  # of what a sweep planned, by node id
         self._plans: dict[Path, list[Plan]] = {}
@@ -115,48 +83,9 @@ class SweepSession:
         beside = test_folder / "matrix.toml"
         matrix = self.options.matrix or (beside if beside.is_file() else PACKAGED_MATRIX)
         if matrix not in self._plans:
-            self._plans[matrix] = self._read(matrix)
+            self._plans[matrix] = read_plans(matrix, self.options)
             self._thresholds |= dict.fromkeys((p.case.id for p in self._plans[matrix]), read_thresholds(matrix))
         return self._plans[matrix]
-
-    def _read(self, matrix: Path) -> list[Plan]:
-        options = self.options
-        models = read_models(matrix.parent / "models")
-        overrides = options.overrides
-        if overrides.models is not None:
-            folders = [name for name in overrides.models if is_folder(name)]
-            overrides = self._with_folders(overrides, folders, models)
-        sweep = read_sweep(matrix, options.sweep)
-        cases = expand(
-            sweep,
-            f"{matrix}: sweeps.{options.sweep}",
-            models,
-            parse_optimizations,
-            overrides,
-            weights=options.weights,
-            limit_bytes=options.limit_bytes,
-        )
-        plans = [Plan(case, models[case.model]) for case in cases]
-        if options.weights == "pretrained":
-            for model in {plan.model.name: plan.model for plan in plans}.values():
-                if is_folder(model.hub_id) and Path(model.hub_id).exists():
-                    model_from_folder(Path(model.hub_id))  # says what is missing before anything runs
-        return plans
-
-    def _with_folders(self, overrides: Overrides, folders: Sequence[str], models: dict[str, Model]) -> Overrides:
-        """The saved pipelines among the models, folders and hub ids, made known under their own names."""
-        names = {}
-        for folder in folders:
-            trained = self.options.weights == "pretrained"
-            if is_hub_id(folder):
-                model = model_from_hub(folder)
-            else:
-                model = model_from_folder(Path(folder), with_weights=trained)
-            from pytest_vram.pipelines.build import with_call_defaults  # imports diffusers, which few sweeps need here
-
-            models[model.name] = with_call_defaults(model)
-            names[folder] = model.name
-        return replace(overrides, models=tuple(names.get(name, name) for name in overrides.models or ()))
 
     def take_shard(self, ids: Iterable[str], own: Iterable[str]) -> set[str]:
         """Those cases of this shard's, by id; `own` are the node ids of tests that measure pipelines of their own.
@@ -191,6 +120,7 @@ class SweepSession:
             raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
         own = list(own)
         self.expected |= set(map(self.own_id, own))
+        self.order = [*(plan.case.id for plan in self.planned), *map(self.own_id, own)]
         self._read_own_thresholds(own)
         left_out = {plan.case.id for plans in self._plans.values() for plan in plans}
         left_out |= set(map(self.own_id, deselected))
@@ -218,21 +148,39 @@ class SweepSession:
         except BaseException:
             self.abandon()
             raise
-        known = self.journal.records if self.journal else {}
-        wanted = [plan.case for plan in self.planned if self._known(known, plan.case) is None]
+        records = self.journal.records if self.journal else {}
+        wanted = [plan.case for plan in self.planned if known(records, plan.case) is None]
         if options.device != "meta":
-            self.references = References(wanted)
+            outputs = self.part.exchange.outputs(str(self.machine.facts.get("gpu"))) if self.part else None
+            self.references = References(wanted, outputs)
         if options.device != "cpu" and options.estimate:
-            capability = self.machine.facts.get("compute_capability")
-            self.estimates = Estimates(wanted, models, self.machine.starter, capability, ahead=keep_journal)
-        if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
-            self.estimates.finish(options.settings.timeout_s or LEAST_S, self.say)
+            self._estimate_first(wanted, models, ahead=keep_journal)
+        if self.part:
+            case_ids = {**self.case_ids, **{node_id: self.own_id(node_id) for node_id in own}}
+            aliases = names_with_aliases(plan.model for plan in self.planned)
+            self.part.exchange.put_plan(self.part.worker, Planned(self.order, case_ids, list(records), aliases))
         self.first_case_began = time.monotonic()
+
+    def _estimate_first(self, cases: list[Case], models: dict[str, Model], *, ahead: bool) -> None:
+        """On a GPU all are estimated before any is measured, so that nothing runs beside a measurement; several xdist
+        workers, of which none measures before all have done this, estimate a part each."""
+        assert self.machine is not None
+        part, capability = self.part, self.machine.facts.get("compute_capability")
+        if part:
+            alone = [case for case in cases if gpus_of(case.optimizations) == 1]
+            cases = [case for case in part.share(alone) if part.exchange.estimate(case.id) is None]
+        beside = part.of if part else 1
+        self.estimates = Estimates(cases, models, self.machine.starter, capability, ahead=ahead, beside=beside)
+        if self.options.device == "cuda":
+            self.estimates.finish(self.options.settings.timeout_s or LEAST_S, self.say)
+        if part:
+            for case, outcome in self.estimates.done().items():
+                part.exchange.put_estimate(case.id, outcome)
 
     def _read_own_thresholds(self, own: Iterable[str]) -> None:
         """Those of the matrix beside a test with a pipeline of its own, or of the one that was named."""
         for node_id in own if self.options.base else ():
-            beside = self.root / _split(node_id)[0]
+            beside = self.root / split_node_id(node_id)[0]
             matrix = self.options.matrix or beside.parent / "matrix.toml"
             if self.options.matrix or matrix.is_file():
                 self._thresholds[self.own_id(node_id)] = read_thresholds(matrix)
@@ -263,7 +211,11 @@ class SweepSession:
             path, records = self._resumable(folder, run)
             run = run.model_copy(update={"records": records})
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
-        self.journal = Journal(path or new_path(folder, run.environment), run)
+        part = self.part
+        path = path or (part.run_path if part else new_path)(folder, run.environment)
+        self.journal = Journal(path, run, part.worker if part else "")
+        if part:
+            part.exchange.put_journal(part.worker, self.journal.path)
         return self.journal
 
     def _folder(self, facts: Mapping[str, Any]) -> Path:
@@ -310,7 +262,9 @@ class SweepSession:
     def _unfinished(self, folder: Path) -> Unfinished | None:
         """What a resumed run goes on with, found once."""
         if self._resumed is None:
-            self._resumed = find_unfinished(folder, str(self.options.shard) if self.options.shard else None)
+            shard = str(self.options.shard) if self.options.shard else None
+            shared = [self.part.exchange.decide] if self.part else []
+            self._resumed = find_unfinished(folder, shard, *shared)
             self.notes += self._resumed.notes if self._resumed else []
         return self._resumed
 
@@ -319,34 +273,30 @@ class SweepSession:
         found = self._unfinished(folder)
         if found is None:
             raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
-        return found.path.with_suffix(".json"), kept(found, run, {plan.case.id: plan.case for plan in self.planned})
-
-    @staticmethod
-    def _known(records: dict[str, Record], case: AnyCase) -> Record | None:
-        record = records.get(case.id)
-        return record if record is not None and record.case == case and is_done(record) else None
+        return run_path_of(found.path), kept(found, run, {plan.case.id: plan.case for plan in self.planned})
 
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
         assert self.machine is not None
-        if self.journal and (known := self._known(self.journal.records, plan.case)):
-            return known
+        if self.journal and (record := known(self.journal.records, plan.case)):
+            return record
         if self.options.device == "meta":
             return self._estimate(plan)
+        if self.part and (gpus := gpus_of(plan.case.optimizations)) > 1:
+            reason = f"it takes {gpus} GPUs, and -n gives each case one: leave -n out"
+            return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "measured"})
         outcome: dict[str, Any] = {}
         if self.estimates and not impossible(plan.case.optimizations, self.options.device, plan.case.weights):
-            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)
+            outcome = self.part.exchange.estimate(plan.case.id) or {} if self.part else {}
+            outcome = outcome or self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)[0]
             self._timeouts[plan.case.id] = timeout_s(plan.case, outcome, self.options.settings.rounds)
         estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
         record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
         return with_estimate(record, outcome) if outcome else record
 
-    def _own_case(self, model: str, test: str, build: str = "-", call: str = "-") -> OwnCase:
-        return OwnCase(model=model, test=test, build=build, call=call, limit_bytes=self.options.limit_bytes)
-
     def own_id(self, node_id: str) -> str:
         """The id of the case that a test with a pipeline of its own measures."""
-        return self._own_case(*_split(node_id)).id
+        return own_case(node_id, self.options.limit_bytes).id
 
     def run_own(self, node_id: str, number: int, build: Callable[..., Any], call: Callable[..., Any]) -> Record:
         """The record of the pipeline that a test's own functions build and call, the `number`-th of this test.
@@ -355,13 +305,12 @@ class SweepSession:
             UsageError: when the functions cannot travel to a worker.
         """
         assert self.machine is not None
-        model, test = _split(node_id)
-        test += f"#{number}" if number > 1 else ""
         functions = described(build, "build"), described(call, "call")
-        case = self._own_case(model, test, *(readable(function, self.root) for function in functions))
+        names = [readable(function, self.root) for function in functions]
+        case = own_case(node_id, self.options.limit_bytes, number, *names)
         self.expected.add(case.id)
-        if self.journal and self._same_code() and (known := self._known(self.journal.records, case)):
-            return known
+        if self.journal and self._same_code() and (record := known(self.journal.records, case)):
+            return record
         return self._measure(case, own_job(case, *functions, self.machine.environ), None)
 
     def _same_code(self) -> bool:
@@ -373,12 +322,12 @@ class SweepSession:
         assert self.machine is not None
         self._jobs[case.id] = case, job
         try:
-            return measure(case, job, self.machine, self._settings(case.id), self.say, estimated, self.references)
+            return measure(case, job, self.machine, self.settings(case.id), self.say, estimated, self.references)
         except CaseInterrupted as interrupt:
             self._store(interrupt.record)
             raise KeyboardInterrupt from None
 
-    def _settings(self, id: str) -> Settings:
+    def settings(self, id: str) -> Settings:
         """Those for one case: with the timeout from its estimate, unless one was given."""
         settings = self.options.settings
         return replace(settings, timeout_s=settings.timeout_s or self._timeouts.get(id, LEAST_S))
@@ -416,11 +365,17 @@ class SweepSession:
                 self.notes.append(f"{self.journal.path} has all that is found again")
             self.unsaved = ""
 
+    def note(self, record: Record, *, fresh: bool) -> None:
+        """A case has ended in an xdist worker, which keeps its record; `fresh` is one that it has made itself."""
+        if fresh and record.id not in self.finished:
+            self.fresh.append(record)
+        self.finished[record.id] = record
+
     def skip(self, node_id: str) -> None:
         """A test was skipped before it measured: its case is none of this run's."""
         if node_id in self.case_ids:
             self.expected.discard(self.case_ids[node_id])
-        elif all(_split(node_id)):
+        elif all(split_node_id(node_id)):
             self.expected.discard(self.own_id(node_id))
 
     def rest_s(self) -> float:
@@ -436,6 +391,9 @@ class SweepSession:
         self.spent_s = time.monotonic() - self.began
         if self.journal is None:
             return
+        if self.part:
+            self.journal.leave()
+            return
         if not self.journal.records:
             self.journal.discard()
             return
@@ -444,17 +402,47 @@ class SweepSession:
         if self.others_aliases:
             options = {**self.journal.run.options, **self._asked_others}
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases, "options": options})
+        self.journal.run = self.journal.run.model_copy(update={"wall_s": self.spent_s})
         try:
-            self.run_path = self.journal.finish(complete)
+            path = self.journal.finish(complete)
         except NotSaved as error:
-            lost = (
-                f", but for the last {self.journal.unsaved} that there was no room for" if self.journal.unsaved else ""
-            )
-            what = f"{error}; {self.journal.path.name} beside it has the records{lost}"
+            some = f", but for the last {self.journal.unsaved} that there was no room for"
+            what = f"{error}; {self.journal.path.name} beside it has the records{some if self.journal.unsaved else ''}"
             self.unsaved = f"{what}: free some space and give --vram-resume"
             return
         self.unsaved = ""
-        self.complete = complete
+        update = {"records": list(records.values()), "complete": complete}
+        self.written = [ReadRun(path, self.journal.run.model_copy(update=update))]
+
+    def join(self, path: Path, journals: Sequence[Path], workers: int, interrupted: bool) -> None:
+        """Write the run file that takes the place of the journals that xdist workers kept.
+
+        Raises:
+            RunFileError: where one cannot be read; all are left as they are then.
+        """
+        parts = [part for journal in journals if (part := ReadRun(journal, read_journal(journal))).records]
+        if parts:
+            run = joined(parts, self.order)
+            complete = not interrupted and self.expected <= {record.id for record in run.records}
+            options = {**run.options, "xdist_workers": workers}
+            run = run.model_copy(update={"complete": complete, "options": options, "wall_s": self.spent_s})
+            write_run(path, run)
+            self.written.append(ReadRun(path, run))
+        for journal in journals:
+            journal.unlink()
+
+    def find_base_of_joined(self) -> None:
+        """Read what the run of several xdist workers is compared with, as each of them has before its first case."""
+        if self.options.base is None or len(self.written) != 1:
+            return
+        own = [node_id for node_id, id in self.case_ids.items() if self.own_id(node_id) == id]
+        for folder in {(self.root / split_node_id(node_id)[0]).parent for node_id in self.case_ids.keys() - set(own)}:
+            self.plans(folder)
+        self._read_own_thresholds(own)
+        head = self.written[0].run.model_copy(update={"records": []})
+        self.base = Base(
+            self.options.base, head, self.options.results, self.root, self._thresholds, self.written[0].path
+        )
 
     def compare(self, interrupted: bool) -> None:
         """The verdict on the finished run; times that look slower are measured again, unless somebody waits to go.
@@ -462,85 +450,29 @@ class SweepSession:
         Raises:
             NotComparable: where none of the base's cases came to be measured, or the verdict cannot be written.
         """
-        if self.base is None or self.run_path is None or self.journal is None:
+        if self.base is None or len(self.written) != 1:
             return
-        update = {"records": self.records, "complete": self.complete}
-        head = ReadRun(self.run_path, self.journal.run.model_copy(update=update))
+        (head,) = self.written
         again: dict[str, Again] = {}
         notes: list[str] = []
         stopped = None
         try:
             if not interrupted and self.options.device != "meta":
-                again, notes = self._again(head)
+                again, notes = self._confirmation(self.base).again(head)
         except KeyboardInterrupt as interrupt:
             stopped = interrupt
             notes = ["interrupted while times were measured again"]
         self.comparison = self.base.conclude(head, again, notes)
         if self.base.checkout is not None and notes:
             self.undecided = "; ".join(notes)
-        self.comparison_path = save(self.comparison, self.run_path)
+        self.comparison_path = save(self.comparison, head.path)
         if stopped:
             raise stopped
 
-    def _again(self, head: ReadRun) -> tuple[dict[str, Again], list[str]]:
-        """Fresh workers for the cases that look slower: of both sides, or of the head's alone."""
-        assert self.base
-        assert self.run_path
-        names = self.base.flagged(head)
-        if self.base.checkout is not None:
-            models = {record.id: record.case.model for record in head.records}
-            tests = {name: self.node_ids[name] for name in names if name in self.node_ids}
-            installed = [name for name in tests if self.base.checkout.shared and self._is_installed(name)]
-            tests = {name: node for name, node in tests.items() if name not in installed}
-            folder = (self.run_path.parent / FOLDER / self.run_path.stem).absolute()
-            longest_s = max((self._settings(name).timeout_s or 0.0 for name in tests), default=LEAST_S)
-            options = partial(self._options_again, timeout_s=longest_s)
-            again, notes = self.base.measure_again(tests, models, options, folder, longest_s, self.say)
-            if installed:
-                notes.append(
-                    f"{installed[0]}: its pipeline is imported from outside the checkout, and would be the same on "
-                    "both sides: give the base's checkout a .venv of its own"
-                )
-            names = [name for name in names if name not in again]
-        else:
-            again, notes = {}, []
-        for name in names:
-            settings = replace(self._settings(name), workers=WORKERS, need=False, save_images=None)
-            if self.base.has_stored_workers(name) and name in self._jobs and self.machine:
-                self.say(f"{name} again")
-                record = measure(*self._jobs[name], self.machine, settings, self.say)
-                again[name] = Again((), [record]) if record.status == "ok" else Again((), ())
-        return {name: one for name, one in again.items() if one.head}, notes
-
-    def _is_installed(self, name: str) -> bool:
-        """Whether the functions of a test's own pipeline come from elsewhere than the checkout."""
-        _, job = self._jobs.get(name, (None, {}))
-        files = [Path(job["own"][role]["file"]) for role in ("build", "call")] if "own" in job else []
-        return any(not file.resolve().is_relative_to(top_of(self.root)) for file in files)
-
-    def _options_again(self, root: Path, timeout_s: float) -> list[str]:
-        """pytest's options with which a checkout measures single cases of this sweep once more."""
-        options, settings, overrides = self.options, self.options.settings, self.options.overrides
-        given: dict[str, Any] = {
-            "device": options.device,
-            "sweep": options.sweep,
-            "models": overrides.models and ",".join(map(_whole_path, overrides.models)),
-            "optimizations": overrides.optimizations and ",".join(overrides.optimizations),
-            "resolutions": overrides.resolutions and ",".join(overrides.resolutions),
-            "frames": overrides.frames and ",".join(overrides.frames),
-            "batch-sizes": overrides.batch_sizes and ",".join(map(str, overrides.batch_sizes)),
-            "steps": overrides.steps,
-            "rounds": settings.rounds,
-            "weights": options.weights,
-            "limit": options.limit_bytes and f"{options.limit_bytes}B",
-            "timeout": math.ceil(timeout_s),
-        }
-        if options.matrix is not None:
-            matrix, top = options.matrix.resolve(), top_of(self.root)
-            given["matrix"] = top_of(root) / matrix.relative_to(top) if matrix.is_relative_to(top) else matrix
-        said = [f"--vram-{name}={value}" for name, value in given.items() if value]
-        flags = ["--vram-no-need", "--vram-no-estimate", "--vram-compare="]
-        return said + flags + (["--vram-allow-shared"] if options.allow_shared else [])
+    def _confirmation(self, base: Base) -> Confirmation:
+        return Confirmation(
+            base, self.options, self.root, self.machine, self._jobs, self.node_ids, self.say, self.settings
+        )
 
     def abandon(self) -> None:
         """Nothing was run: leave nothing behind."""
@@ -559,21 +491,10 @@ class SweepSession:
         if self.journal:
             self.journal.close()
         if self._resumed:
-            self._resumed.held.close()
+            self._resumed.close()
         self._restore()
 
     @property
     def records(self) -> list[Record]:
         """What the run holds now."""
         return list(self.journal.records.values()) if self.journal else []
-
-
-def _whole_path(model: str) -> str:
-    """A saved pipeline's folder from wherever it is looked for; a name or hub id as it is."""
-    return str(Path(model).resolve()) if is_folder(model) and Path(model).exists() else model
-
-
-def _split(node_id: str) -> tuple[str, str]:
-    """A test's file and its name there."""
-    model, _, test = node_id.partition("::")
-    return model, test

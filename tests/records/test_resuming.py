@@ -1,5 +1,6 @@
 """What `--vram-resume` goes on with, what it refuses, and which cases are run again."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_what_has_a_result_is_not_run_again(found: Record, done: bool, tmp_path:
     write_run(tmp_path / "run.json", a_run([found, batch(2)], complete=False))
     resumed = find_unfinished(tmp_path, None)
     assert resumed is not None
-    with resumed.held:
+    with closing(resumed):
         assert kept(resumed, resumed.run, {}) == ([found] if done else []) + [batch(2)]
 
 
@@ -87,7 +88,7 @@ def refusal(old: dict[str, Any], new: dict[str, Any], tmp_path: Path) -> str:
     write_run(tmp_path / "run.json", made(old))
     found = find_unfinished(tmp_path, None)
     assert found is not None
-    with found.held, pytest.raises(UsageError) as caught:
+    with closing(found), pytest.raises(UsageError) as caught:
         kept(found, made(new), {one.id: one.case for one in made(new).records})
     message = str(caught.value)
     assert message.startswith(f"--vram-resume: {tmp_path / 'run.json'} ")
@@ -150,7 +151,7 @@ def test_options_that_an_older_version_did_not_write_are_not_asked_for(tmp_path:
     write_run(tmp_path / "run.json", a_run([batch(1)], complete=False))
     found = find_unfinished(tmp_path, None)
     assert found is not None
-    with found.held:
+    with closing(found):
         assert kept(found, a_run(options={"need": False, "limit_bytes": None}), {}) == [batch(1)]
 
 
@@ -159,7 +160,7 @@ def test_options_that_an_older_version_did_not_write_are_not_asked_for(tmp_path:
 
 def path_of(found: Unfinished | None) -> Path:
     assert found is not None
-    found.held.close()
+    found.close()
     return found.path
 
 
@@ -185,7 +186,7 @@ def test_two_that_resume_at_once_take_a_run_each(tmp_path: Path) -> None:
     assert (first.path.name, second.path.name) == ("b.json", "a.json")
     journal = Journal(first.path, first.run)  # which replaces what the first has claimed
     assert claim(journal.path) is None
-    for file in (first.held, second.held, journal):
+    for file in (first, second, journal):
         file.close()
 
 

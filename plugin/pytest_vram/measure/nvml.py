@@ -100,6 +100,11 @@ class Gpu:
         info = _read(pynvml.nvmlDeviceGetMemoryInfo, self._handle, **self._memory)
         return None if info is None else int(info.total)
 
+    def uuid(self) -> str | None:
+        """As nvidia-smi -L shows it: `GPU-…`, of a MIG instance `MIG-…`."""
+        found = _read(pynvml.nvmlDeviceGetUUID, self._handle)
+        return None if found is None else str(found)
+
     def compute_capability(self) -> tuple[int, int] | None:
         """Its major and minor version."""
         found = _read(pynvml.nvmlDeviceGetCudaComputeCapability, self._handle)

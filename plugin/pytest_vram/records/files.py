@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
@@ -18,6 +19,7 @@ from pytest_vram.records.schema import SCHEMA, Record, Run, above_the_card
 
 MAX_FILE_BYTES = 256 << 20
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
+_JOURNAL = re.compile(r"(\.gw[0-9]+)?\.jsonl$")  # of one of several xdist workers, or of the only process
 TORN = "its last line was not written to its end"
 
 
@@ -42,35 +44,49 @@ def folder_of(device: Any, gpu: Any) -> str:
     return {"meta": "estimated", "cpu": "cpu"}.get(str(device), slug(str(gpu or "")))
 
 
-def new_path(folder: Path, environment: dict[str, Any]) -> Path:
+def new_path(folder: Path, environment: dict[str, Any], began: str | None = None, mark: str | None = None) -> Path:
     """Where the next run file of this environment goes: `folder/<UTC time>_<commit>[-dirty]_<4 hex>.json`, a name that
-    no other has, whatever the clock says."""
+    no other has, whatever the clock says.
+
+    The time and the hex digits are new ones, unless they are given.
+    """
     commit = re.sub(r"[^0-9a-f]", "", str(environment.get("commit") or ""))[:12] or "nogit"
     dirty = "-dirty" if environment.get("dirty") else ""
-    now = datetime.now(UTC).strftime(TIME_FORMAT)
+    began = began or datetime.now(UTC).strftime(TIME_FORMAT)
     while True:
-        path = folder / f"{now}_{commit}{dirty}_{secrets.token_hex(2)}.json"
-        if not any(path.with_suffix(suffix).exists() for suffix in (".json", ".jsonl", ".part")):
+        path = folder / f"{began}_{commit}{dirty}_{mark or secrets.token_hex(2)}.json"
+        if mark or not any(path.with_suffix(suffix).exists() for suffix in (".json", ".jsonl", ".part")):
             return path
+
+
+def run_path_of(path: Path) -> Path:
+    """The run file to which a journal belongs; or the run file itself."""
+    return path.with_name(_JOURNAL.sub(".json", path.name))
+
+
+def journals_of(run_path: Path) -> list[Path]:
+    """The journals of a run that is not finished: one, or one for each xdist worker."""
+    return [path for path in sorted(run_path.parent.glob("*.jsonl")) if run_path_of(path) == run_path]
 
 
 class Journal:
     """The records of a run as they come: one JSON line each, on the disk before the next case starts.
 
     The first line is the run without its records. A later line for the same id replaces the earlier one. The run file
-    replaces the journal when the sweep ends. While it is open no other sweep goes on with it (`claim`).
+    replaces the journal when the sweep ends. Of several xdist workers each has its own, `worker` in its name. While it
+    is open no other sweep goes on with it (`claim`).
     """
 
-    def __init__(self, path: Path, run: Run) -> None:
+    def __init__(self, path: Path, run: Run, worker: str = "") -> None:
         """`path` is the run file's; raises UsageError where its folder cannot be written, or another sweep writes
         there."""
         self.run_path = path
-        self.path = path.with_suffix(".jsonl")
+        self.path = path.with_suffix(f".{worker}.jsonl" if worker else ".jsonl")
         self.run = run
         self.records: dict[str, Record] = {}
         self._waiting: list[bytes] = []  # lines for which there was no room
         self._whole = 0  # bytes of the file up to the end of its last whole line
-        part = path.with_suffix(".part")
+        part = self.path.with_suffix(".part")
         self._made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         cannot = f"--vram-results: {path.parent} cannot be written"
         try:
@@ -129,7 +145,7 @@ class Journal:
         self._whole += len(text)
 
     def finish(self, complete: bool) -> Path:
-        """Write the run file, then remove the journal; the file is whole or not there.
+        """Write the run file, then remove the journal, and those it goes on with; the file is whole or not there.
 
         Raises:
             NotSaved: when it could not be written; the journal stays, with what there is room for.
@@ -142,13 +158,21 @@ class Journal:
                 with contextlib.suppress(NotSaved):
                     self._write()
             raise NotSaved(self.run_path, error) from error
-        self.path.unlink()
+        for path in journals_of(self.run_path):
+            path.unlink()
         self.close()
         return self.run_path
 
     def close(self) -> None:
         """Let others go on with what is on the disk."""
         self._file.close()
+
+    def leave(self) -> None:
+        """Write no more; whoever joins the journals of all xdist workers reads it, unless it has no record."""
+        if self.records:
+            self.close()
+        else:
+            self.discard()
 
     def discard(self) -> None:
         """Leave nothing behind: no case was run."""
@@ -344,6 +368,20 @@ def _json(text: str, path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunFileError(f"{path}: is not JSON: {error}") from error
+
+
+def best_records(runs: Iterable[Run]) -> list[Record]:
+    """All records, each case once: of two one that did not fail, then one with a need, then the later."""
+    found: dict[str, Record] = {}
+    for record in (record for run in runs for record in run.records):
+        old = found.get(record.id)
+        if old is None or _worth(record) >= _worth(old):
+            found[record.id] = record
+    return list(found.values())
+
+
+def _worth(record: Record) -> tuple[bool, bool]:
+    return record.status not in ("error", "timeout"), record.memory.need_bytes is not None
 
 
 def _benchmark_document(run: Run) -> dict[str, Any]:

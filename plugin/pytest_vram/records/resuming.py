@@ -1,13 +1,22 @@
 """What `--vram-resume` goes on with: the newest unfinished run that nobody else is at, if it is of the same sweep."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pytest_vram.cases.case import AnyCase
 from pytest_vram.errors import RunFileError, UsageError
-from pytest_vram.records.files import claim, is_torn, read_journal, read_run
+from pytest_vram.records.files import (
+    best_records,
+    claim,
+    is_torn,
+    journals_of,
+    read_journal,
+    read_run,
+    run_path_of,
+)
 from pytest_vram.records.schema import NOT_FOR_MEMORY, SEARCH_INTERRUPTED, Record, Run
 
 DONE = ("ok", "oom", "skipped")  # a resumed sweep tries everything else again
@@ -50,8 +59,13 @@ class Unfinished:
 
     path: Path
     run: Run
-    held: BinaryIO
+    held: list[BinaryIO]
     notes: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Let others go on with it."""
+        for file in self.held:
+            file.close()
 
 
 def is_done(record: Record) -> bool:
@@ -67,20 +81,29 @@ def shard_of(run: Run) -> Any:
 
 
 def unfinished(folder: Path) -> Iterator[tuple[Path, Run]]:
-    """Journals and run files of a folder that lack cases or hold failed ones, with their runs, the newest first."""
-    journals = set(folder.glob("*.jsonl"))
-    files = {path for path in folder.glob("*.json") if path.with_suffix(".jsonl") not in journals}
-    for path in sorted(journals | files, key=lambda path: path.name, reverse=True):
+    """Journals and run files of a folder that lack cases or hold failed ones, with their runs, the newest first; the
+    journals that xdist workers left are one run."""
+    journals: dict[Path, list[Path]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        journals.setdefault(run_path_of(path), []).append(path)
+    for run_path in sorted(journals.keys() | set(folder.glob("*.json")), key=lambda path: path.name, reverse=True):
+        parts = journals.get(run_path, [])
         try:
-            run = read_journal(path) if path.suffix == ".jsonl" else read_run(path)
+            runs = [read_journal(path) for path in parts] or [read_run(run_path)]
         except RunFileError:
             continue  # not ours to judge here: whoever names the file gets the message
+        run = runs[0].model_copy(update={"records": best_records(runs)})
         if not run.complete or not all(map(is_done, run.records)):
-            yield path, run
+            yield (parts[0] if parts else run_path), run
 
 
-def find_unfinished(folder: Path, shard: str | None) -> Unfinished | None:
-    """The newest unfinished run of a folder, of this shard if there is one, that no other sweep is at.
+Decide = Callable[[str, Callable[[], bool]], bool]
+"""What is asked by name, and how to find out: the first of several processes does, and all get its answer."""
+
+
+def find_unfinished(folder: Path, shard: str | None, decide: Decide = lambda _, find: find()) -> Unfinished | None:
+    """The newest unfinished run of a folder, of this shard if there is one, that no other sweep is at. `decide` is for
+    the xdist workers of one sweep, which go on with the same one.
 
     Raises:
         UsageError: where others are at all that there are.
@@ -89,17 +112,37 @@ def find_unfinished(folder: Path, shard: str | None) -> Unfinished | None:
     found.sort(key=lambda one: shard_of(one[1]) != shard)  # a stable order: the newest of this shard, then the rest
     running: list[str] = []
     for path, run in found:
-        held = claim(path)
-        if held is None:
+        files = journals_of(run_path_of(path)) or [path]
+        held: list[BinaryIO] = []
+        if not decide(f"resume {path.name}", partial(_claim_all, files, held)):
             running.append(path.name)
             continue
         notes = [f"{OPTION}: passed over {name}: another sweep is writing it" for name in running]
-        if path.suffix == ".jsonl" and is_torn(path):
-            notes.append(f"{OPTION}: the last line of {path.name} was cut off: its case is run again")
+        torn = [file.name for file in files if file.suffix == ".jsonl" and is_torn(file)]
+        notes += [f"{OPTION}: the last line of {name} was cut off: its case is run again" for name in torn]
         return Unfinished(path, run, held, notes)
     if running:
         raise UsageError(f"{OPTION}: {folder / running[0]} belongs to a sweep that is still running; {ANEW}")
     return None
+
+
+def _claim_all(files: Sequence[Path], held: list[BinaryIO]) -> bool:
+    """Whether nobody else is at any of these; `held` has them locked then, and is empty otherwise."""
+    for path in files:
+        file = claim(path)
+        if file is None:
+            for other in held:
+                other.close()
+            held.clear()
+            return False
+        held.append(file)
+    return True
+
+
+def known(records: Mapping[str, Record], case: AnyCase) -> Record | None:
+    """The record of this very case, where it need not be made again."""
+    record = records.get(case.id)
+    return record if record is not None and record.case == case and is_done(record) else None
 
 
 def kept(found: Unfinished, run: Run, planned: Mapping[str, AnyCase]) -> list[Record]:

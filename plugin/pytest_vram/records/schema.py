@@ -220,6 +220,7 @@ class Run(_Part):
     environment: Annotated[dict[str, Any], AfterValidator(_writable)]
     sweep: Text
     complete: bool = True
+    wall_s: float | None = Field(default=None, ge=0, lt=1e9, allow_inf_nan=False)  # of the session that wrote it
     aliases: dict[Text, list[Text]] = {}
     options: dict[str, Any] = {}
     records: list[Record] = []
