@@ -3,18 +3,15 @@
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_vram.errors import UsageError
 from pytest_vram.measure.channel import Message
 from pytest_vram.records.files import new_path, run_path_of, slug
 from pytest_vram.records.merging import apart
-
-DECIDE_S = 60.0
+from pytest_vram.records.schema import Record
 
 
 @dataclass(frozen=True)
@@ -51,24 +48,6 @@ class Exchange:
             return False
         return True
 
-    def decide(self, name: str, find: Callable[[], bool]) -> bool:
-        """What the first that asks finds out; all others wait for its answer.
-
-        Raises:
-            UsageError: where it gave none.
-        """
-        path = self.folder / "decided" / f"{_name(name)}.json"
-        if self.claim(name):
-            self._write(f"decided/{path.name}", json.dumps(found := find()))
-            return found
-        deadline = time.monotonic() + DECIDE_S
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise UsageError(f"another xdist worker did not say within {DECIDE_S:g} s: {name}")
-            time.sleep(0.01)
-        answer: bool = json.loads(path.read_text(encoding="utf-8"))
-        return answer
-
     def put_plan(self, worker: str, plan: "Planned") -> None:
         """What an xdist worker has planned, before it runs any of it."""
         self._write(f"plans/{worker}.json", json.dumps(asdict(plan)))
@@ -96,6 +75,22 @@ class Exchange:
         folder = self.folder / "outputs" / slug(gpu)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def resumed(self, environment: str, find: Callable[[], tuple[Path, list[Record]]]) -> tuple[Path, list[Record]]:
+        """What `find` gives to the first xdist worker of an environment (as `apart` has it), for all of them: the run
+        file of the sweep that they go on with, and its records that need not be made again."""
+        import fcntl  # not where no sweep runs
+
+        name = f"resumed-{_name(environment)}.json"
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process
+            if (self.folder / name).exists():
+                path, *documents = json.loads((self.folder / name).read_text(encoding="utf-8"))
+                return Path(path), [Record.model_validate(document) for document in documents]
+            run_path, records = find()
+            documents = [record.model_dump(mode="json") for record in records]
+            self._write(name, json.dumps([str(run_path), *documents]))
+            return run_path, records
 
     def put_journal(self, worker: str, path: Path) -> None:
         """Where an xdist worker keeps its records."""

@@ -86,7 +86,7 @@ class Manager:
         if self.session is None:
             from pytest_vram.session import SweepSession
 
-            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, self.part)
+            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, part=self.part)
         return self.session
 
     def refuse(self, problem: str) -> NoReturn:

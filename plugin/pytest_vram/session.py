@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pytest_vram.measure.timeout import LEAST_S, timeout_s
 from pytest_vram.pipelines.optimizations import gpus_of, impossible
 from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
 from pytest_vram.records.files import Journal, folder_of, new_path, read_journal, run_path_of, write_run
-from pytest_vram.records.merging import joined
+from pytest_vram.records.merging import apart, joined
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.resuming import Unfinished, find_unfinished, kept, known
 from pytest_vram.records.schema import Record, Run
@@ -43,7 +44,7 @@ class SweepSession:
     xdist worker, where several measure.
     """
 
-    def __init__(self, options: Options, root: Path, say: Callable[[str], None], part: Part | None = None) -> None:
+    def __init__(self, options: Options, root: Path, say: Callable[[str], None], *, part: Part | None = None) -> None:
         self.options, self.root, self.say, self.part = options, root, say, part
         self.machine: Machine | None = None
         self.journal: Journal | None = None
@@ -69,9 +70,10 @@ class SweepSession:
         self._deselected: list[str] = []
         self._cases: list[str] = []  # of all shards, in the order of the sweep; empty without a shard
         self._asked_others: dict[str, list[str]] = {}
+        self._goes_on_with: tuple[Path, list[Record]] | None = None
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
         self._timeouts: dict[str, float] = {}  # from estimates, by case id
-        self._resumed: Unfinished | None = None
+        self._claimed: Unfinished | None = None
         self._restore: Callable[[], None] = lambda: None
         self.notes: list[str] = []  # what a person should know beside the records
         self.unsaved = ""  # why records that were found are not on the disk
@@ -208,7 +210,7 @@ class SweepSession:
         folder = self._folder(facts)
         path = None
         if options.resume:
-            path, records = self._resumable(folder, run)
+            path, records = self._resumed(folder, run)
             run = run.model_copy(update={"records": records})
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
         part = self.part
@@ -254,25 +256,27 @@ class SweepSession:
             return
         self.say("the base")
         described = self._described(facts)
-        unfinished = self._unfinished(self._folder(facts)) if options.resume else None
-        resumed = unfinished.path if unfinished else None
+        resumed = self._resumed(self._folder(facts), described)[0] if options.resume else None
         self.base = Base(options.base, described, options.results, self.root, self._thresholds, resumed)
         self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned}, set(self._cases))
 
-    def _unfinished(self, folder: Path) -> Unfinished | None:
-        """What a resumed run goes on with, found once."""
-        if self._resumed is None:
-            shard = str(self.options.shard) if self.options.shard else None
-            shared = [self.part.exchange.decide] if self.part else []
-            self._resumed = find_unfinished(folder, shard, *shared)
-            self.notes += self._resumed.notes if self._resumed else []
-        return self._resumed
+    def _resumed(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
+        """The run file of the sweep that this one goes on with, and its records that need not be made again; the first
+        of several xdist workers finds it for all."""
+        if self._goes_on_with is None and self.part:
+            make = partial(self._resumable, folder, run)
+            self._goes_on_with = self.part.exchange.resumed(apart(run.environment), make)
+        elif self._goes_on_with is None:
+            self._goes_on_with = self._resumable(folder, run)
+        return self._goes_on_with
 
     def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
         """The newest unfinished run of this folder, and its records that need not be made again."""
-        found = self._unfinished(folder)
+        found = find_unfinished(folder, str(self.options.shard) if self.options.shard else None)
         if found is None:
             raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
+        self._claimed = found
+        self.notes += found.notes
         return run_path_of(found.path), kept(found, run, {plan.case.id: plan.case for plan in self.planned})
 
     def run(self, plan: Plan) -> Record:
@@ -490,8 +494,8 @@ class SweepSession:
             self.machine.close()
         if self.journal:
             self.journal.close()
-        if self._resumed:
-            self._resumed.close()
+        if self._claimed:
+            self._claimed.close()
         self._restore()
 
     @property

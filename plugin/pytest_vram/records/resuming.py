@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,13 +96,8 @@ def unfinished(folder: Path) -> Iterator[tuple[Path, Run]]:
             yield (parts[0] if parts else run_path), run
 
 
-Decide = Callable[[str, Callable[[], bool]], bool]
-"""What is asked by name, and how to find out: the first of several processes does, and all get its answer."""
-
-
-def find_unfinished(folder: Path, shard: str | None, decide: Decide = lambda _, find: find()) -> Unfinished | None:
-    """The newest unfinished run of a folder, of this shard if there is one, that no other sweep is at. `decide` is for
-    the xdist workers of one sweep, which go on with the same one.
+def find_unfinished(folder: Path, shard: str | None) -> Unfinished | None:
+    """The newest unfinished run of a folder, of this shard if there is one, that no other sweep is at.
 
     Raises:
         UsageError: where others are at all that there are.
@@ -114,7 +108,7 @@ def find_unfinished(folder: Path, shard: str | None, decide: Decide = lambda _, 
     for path, run in found:
         files = journals_of(run_path_of(path)) or [path]
         held: list[BinaryIO] = []
-        if not decide(f"resume {path.name}", partial(_claim_all, files, held)):
+        if not _claim_all(files, held):
             running.append(path.name)
             continue
         notes = [f"{OPTION}: passed over {name}: another sweep is writing it" for name in running]
