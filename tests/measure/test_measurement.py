@@ -775,6 +775,11 @@ def test_a_worker_that_is_killed(cpu: Stage) -> None:
     assert "out of memory" in failure.message  # of the host
 
 
+def test_a_worker_that_crashes(cpu: Stage) -> None:
+    failure = failure_of(cpu.measure("die", signal=11))
+    assert (failure.phase, failure.message) == ("load", "the worker was killed by signal 11 in load")
+
+
 @pytest.mark.parametrize("task", ["sleep", "freeze"])
 def test_a_worker_that_hangs(cpu: Stage, task: str) -> None:
     record = cpu.measure(task, settings={"timeout_s": 0.2})

@@ -1,5 +1,6 @@
 """One case measured in fresh workers: starts them, talks to them, samples NVML meanwhile, searches the need."""
 
+import signal
 import socket
 import threading
 import time
@@ -491,13 +492,13 @@ def _died(worker: Worker, phase: str | None) -> str:
     code = worker.wait(5)
     if code is not None and code < 0:
         cause = f"was killed by signal {-code}"
-        if code == -9:
+        if code == -signal.SIGKILL:
             cause += " (the kernel does so when the host runs out of memory)"
     elif code is None:
         cause = "ended, nobody knows how: the fork server was gone before it"
     else:
         cause = f"ended with exit code {code}"
     lines = [line for line in worker.output_tail().splitlines() if line.strip()]
-    last = f": {lines[-1].strip()}" if lines and code != -9 else ""
+    last = f": {lines[-1].strip()}" if lines and code not in (-signal.SIGKILL, -signal.SIGSEGV) else ""
     where = f" in {phase}" if phase else ""
     return f"the worker {cause}{where}{last}"
