@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -342,21 +343,30 @@ class Manager:
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
 
-    def tell(self) -> None:
+    def tell(self, text: str) -> None:
+        """A line that stays; an xdist worker, which has no terminal, writes it to stderr."""
+        self.say("")
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            if self.terminal is not None:
+                self.terminal.ensure_newline()
+                self.terminal.write_line(f"vram: {text}")
+            else:
+                print(f"vram: {text}", file=sys.stderr)
+
+    def tell_notes(self) -> None:
         """What the session has to say beside its records, once."""
-        if self.session is None or self.terminal is None or self.under_xdist:
-            return
-        for note in self.session.notes[self.told :]:
-            self.terminal.ensure_newline()
-            self.terminal.write_line(f"vram: {note}", yellow=True)
-        self.told = len(self.session.notes)
+        notes = self.session.notes if self.session else []
+        for note in notes[self.told :]:
+            self.tell(note)
+        self.told = len(notes)
 
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""
         if self.session is None:
             from pytest_vram.session import SweepSession
 
-            self.session = SweepSession(_options(self.config), self.config.rootpath, self.say)
+            self.session = SweepSession(_options(self.config), self.config.rootpath, self.say, self.tell)
         return self.session
 
     def own_session(self, node: pytest.Item) -> SweepSession:
@@ -461,7 +471,7 @@ class Manager:
             self.sweep().start(plans, node_ids, keep_journal=not self.under_xdist, deselected=self.deselected)
         except VramError as error:
             raise pytest.UsageError(str(error)) from error
-        self.tell()
+        self.tell_notes()
         if self.under_xdist:
             aliases = names_with_aliases(plan.model for plan in plans)
             planned = {"ids": sorted(self.sweep().expected), "aliases": aliases, "asked": self.sweep().asked()}
@@ -514,7 +524,7 @@ class Manager:
         except UsageError as error:  # only under xdist, whose controller opens its journal with the first record
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         self.say("")
-        self.tell()
+        self.tell_notes()
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
         documents = getattr(report, "vram", ())
@@ -586,11 +596,12 @@ class Manager:
                     tell(f"vram.compared.{word.replace(' ', '_')}", count)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        self.tell()
+        self.tell_notes()
         session = self.session
         if session is None or (session.run_path is None and not session.unsaved):
             return
 
+        from pytest_vram.records.caveats import caveats
         from pytest_vram.report.summary import legend, summary, where_time_went
 
         terminalreporter.section("VRAM")
@@ -598,6 +609,8 @@ class Manager:
         table = summary(session.records, run.aliases if run else {})
         terminalreporter.write_line(table)
         terminalreporter.write_line(legend())
+        for what, why in caveats(run.environment if run else {}).items():
+            terminalreporter.write_line(f"vram: {what}: {why}")
         if session.options.device != "meta":
             terminalreporter.write_line(where_time_went(session.fresh, session.spent_s))
         if session.unsaved:
