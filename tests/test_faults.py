@@ -184,7 +184,7 @@ def test_a_ci_that_times_out_gets_what_was_found(project: Project) -> None:
 
 def test_a_signal_that_somebody_else_handles_is_left_to_them() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    theirs = [signal.SIG_IGN, lambda *_: None]
+    theirs: list[Any] = [signal.SIG_IGN, lambda *_: None]
     try:
         for handler in theirs:
             signal.signal(signal.SIGTERM, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -72,21 +73,30 @@ class Manager:
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
 
-    def tell(self) -> None:
+    def tell(self, text: str) -> None:
+        """A line that stays; an xdist worker, which has no terminal, writes it to stderr."""
+        self.say("")
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            if self.terminal is not None:
+                self.terminal.ensure_newline()
+                self.terminal.write_line(f"vram: {text}")
+            else:
+                print(f"vram: {text}", file=sys.stderr)
+
+    def tell_notes(self) -> None:
         """What the session has to say beside its records, once."""
-        if self.session is None or self.terminal is None or self.under_xdist:
-            return
-        for note in self.session.notes[self.told :]:
-            self.terminal.ensure_newline()
-            self.terminal.write_line(f"vram: {note}", yellow=True)
-        self.told = len(self.session.notes)
+        notes = self.session.notes if self.session else []
+        for note in notes[self.told :]:
+            self.tell(note)
+        self.told = len(notes)
 
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""
         if self.session is None:
             from pytest_vram.session import SweepSession
 
-            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, part=self.part)
+            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, self.tell, part=self.part)
         return self.session
 
     def refuse(self, problem: str) -> NoReturn:
@@ -193,7 +203,7 @@ class Manager:
             self.sweep().start(plans, node_ids, keep_journal=keep_journal, deselected=self.deselected)
         except VramError as error:
             self.refuse(str(error))
-        self.tell()
+        self.tell_notes()
         if self.under_xdist and not self.part:
             aliases = names_with_aliases(plan.model for plan in plans)
             planned = {"ids": sorted(self.sweep().expected), "aliases": aliases, "asked": self.sweep().asked()}
@@ -270,7 +280,7 @@ class Manager:
         except UsageError as error:  # only under xdist, whose controller opens its journal with the first record
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         self.say("")
-        self.tell()
+        self.tell_notes()
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
         documents = getattr(report, "vram", ())
@@ -347,19 +357,23 @@ class Manager:
                     tell(f"vram.compared.{word.replace(' ', '_')}", count)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        self.tell()
+        self.tell_notes()
         session = self.session
         if session is None:
             return
         if session.unsaved:
             terminalreporter.write_line(f"vram: {session.unsaved}", red=True)
         if session.written:
+            from pytest_vram.records.caveats import caveats
             from pytest_vram.report.summary import legend, summary, where_time_went
 
             terminalreporter.section("VRAM")
             for written in session.written:
                 terminalreporter.write_line(summary(written.records, written.run.aliases))
             terminalreporter.write_line(legend())
+            found = [caveats(written.run.environment).items() for written in session.written]
+            for what, why in dict.fromkeys(one for each in found for one in each):
+                terminalreporter.write_line(f"vram: {what}: {why}")
             if session.options.device != "meta":
                 gpus = len(self.controller.gpus) if self.controller else 1
                 terminalreporter.write_line(where_time_went(session.fresh, session.spent_s, gpus))

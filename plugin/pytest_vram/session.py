@@ -40,12 +40,20 @@ from pytest_vram.records.schema import Record, Run
 class SweepSession:
     """Plans the cases, measures or estimates each when its turn comes, and keeps what was found.
 
-    `say` shows a passing line of progress; `root` is the folder whose commit the run names; `part` is the share of an
-    xdist worker, where several measure.
+    `say` shows a passing line of progress, `tell` one that stays; `root` is the folder whose commit the run names;
+    `part` is the share of an xdist worker, where several measure.
     """
 
-    def __init__(self, options: Options, root: Path, say: Callable[[str], None], *, part: Part | None = None) -> None:
-        self.options, self.root, self.say, self.part = options, root, say, part
+    def __init__(
+        self,
+        options: Options,
+        root: Path,
+        say: Callable[[str], None],
+        tell: Callable[[str], None] | None = None,
+        *,
+        part: Part | None = None,
+    ) -> None:
+        self.options, self.root, self.say, self.tell, self.part = options, root, say, tell or say, part
         self.machine: Machine | None = None
         self.journal: Journal | None = None
         self.estimates: Estimates | None = None
@@ -142,6 +150,8 @@ class SweepSession:
                 allow_shared=options.allow_shared,
                 name_host=options.name_host,
                 say=self.say,
+                tell=self.tell,
+                gpus=None if own else max((gpus_of(plan.case.optimizations) for plan in self.planned), default=1),
             )
             if options.device == "cuda":
                 self._find_base(self.machine.facts)

@@ -76,11 +76,12 @@ def freeze(job: Message, reporter: Reporter) -> None:
 
 
 def die(job: Message, reporter: Reporter) -> None:
-    """Be killed while loading, as by the kernel."""
+    """Be killed while loading, as by the kernel, or by the `signal` of the script."""
     reporter.send("phase", phase="load")
     if script_of(job).get("kill_server"):
         kill_server()
-    os.kill(os.getpid(), signal.SIGKILL)
+    print("what it said last is not why", flush=True)
+    os.kill(os.getpid(), script_of(job).get("signal", signal.SIGKILL))
 
 
 def script_of(job: Message) -> dict[str, Any]:
@@ -110,7 +111,8 @@ def generate(job: Message, reporter: Reporter) -> None:
     `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap
     from `need_mib` on, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or
     the fields of its failure. `skipped` is why the case cannot be run, `no_reference` why a reference fails. An output
-    is the names of the optimizations. `need_mib` may have a figure for each GPU. Of several processes the one of rank
+    is the names of the optimizations. `round_s` is what a round really takes; throttled ones are repeated, up to
+    `repeated` of them. `need_mib` may have a figure for each GPU. Of several processes the one of rank
     `lost` raises or, with `dies`, dies, and the others wait for it; `slow` is one that does not finish.
     """
     script = script_of(job)
@@ -173,8 +175,16 @@ def generate(job: Message, reporter: Reporter) -> None:
     reporter.send("rounds", count=len(figures["rounds"]), pilot_s=1.0, found={"weights_bytes": 300 * MIB})
     if script.get("hangs"):
         time.sleep(60)
-    for index in range(len(figures["rounds"])):
-        reporter.send("round", index=index)
+    asked = batch = len(figures["rounds"])
+    done = 0
+    while batch > 0:
+        for index in range(done, done + batch):
+            time.sleep(script.get("round_s", 0))
+            reporter.send("round", index=index)
+        done += batch
+        lost = len(reporter.ask("rounds_over")["throttled"])
+        batch = min(asked + lost, asked + script.get("repeated", 0)) - done
+    figures["rounds"] = [*figures["rounds"], *[ROUND] * (done - asked)]
     if job.get("keep_output"):
         _keep_output(job)
     if job.get("compare_output"):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pytest_vram.cases.case import Case
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Phase, Record
-from pytest_vram.report.text import display_name, gib, seconds
+from pytest_vram.report.text import display_name, gib, printable, seconds
 
 WIDTH = 100
 
@@ -91,6 +91,8 @@ def _row(record: Record) -> list[str]:
     if record.exactness is not None and not record.exact and record.exactness.mean_abs_difference:
         what = "not exact" if record.exactness.claimed else "the image"
         label += f"\n   {what}: differs by {record.exactness.mean_abs_difference:.2g}"
+    if record.disturbed:
+        label += f"\n   disturbed: {printable(record.disturbed)}"
     if record.gpus:
         each = (f"{gib(gpu.required_bytes)}" for gpu in record.gpus)
         label += f"\n   {len(record.gpus)} GPUs: {', '.join(each)}"
