@@ -1,12 +1,16 @@
 """How long a worker may take: more for more work, and never less than a healthy one takes."""
 
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from pytest_vram.cases.case import Case
 from pytest_vram.measure.generation import MIN_ROUNDS
 from pytest_vram.measure.timeout import FEWEST_ROUNDS, LEAST_S, later_timeout_s, timeout_s
+from pytest_vram.measure.trace import OneDevice, Trace
 
 # What simulate() gives for FLUX.1-dev in bf16 at 1024x1024, batch 1; bytes, and operations of a step or a call
 FLUX = {
@@ -61,3 +65,27 @@ def test_the_rounds_are_those_of_the_worker() -> None:
 @pytest.mark.parametrize(("first_s", "expected"), [(1.0, 130.0), (20.0, 320.0), (60.0, 600.0), (6000.0, 600.0)])
 def test_what_is_known_to_be_quick_is_not_waited_for_as_long(first_s: float, expected: float) -> None:
     assert later_timeout_s(600.0, first_s) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes", "multiplications"),
+    [
+        (F.linear, [(4, 8), (16, 8)], 4 * 16 * 8),
+        (F.linear, [(4, 8), (16, 8), (16,)], 4 * 16 * 8),
+        (torch.bmm, [(3, 4, 8), (3, 8, 5)], 3 * 4 * 5 * 8),
+        (torch.baddbmm, [(3, 4, 5), (3, 4, 8), (3, 8, 5)], 3 * 4 * 5 * 8),
+        (partial(F.conv2d, padding=1), [(1, 3, 8, 8), (5, 3, 3, 3)], 8 * 8 * 5 * 3 * 9),
+        (partial(F.conv2d, padding=1, groups=2), [(1, 6, 8, 8), (4, 3, 3, 3)], 8 * 8 * 4 * 3 * 9),
+        (partial(F.conv_transpose2d, stride=2), [(1, 3, 4, 4), (3, 5, 2, 2)], 4 * 4 * 3 * 5 * 4),
+        (F.scaled_dot_product_attention, [(2, 3, 16, 4), (2, 3, 10, 4), (2, 3, 10, 4)], 2 * 3 * 16 * 10 * 4 * 2),
+        (torch.add, [(4, 8), (4, 8)], 0),
+    ],
+    ids=["linear", "bias", "bmm", "baddbmm", "conv", "groups", "transposed", "attention", "none"],
+)
+def test_operations_are_counted_by_phase(call: Any, shapes: list[tuple[int, ...]], multiplications: int) -> None:
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    with torch.no_grad(), OneDevice() as one_device, Trace() as trace:
+        one_device.compute = trace.compute
+        trace.enter("denoise")
+        call(*tensors)
+    assert trace.flops == ({"denoise": 2 * multiplications} if multiplications else {})
