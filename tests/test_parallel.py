@@ -216,11 +216,15 @@ def both_wait(project: pytest.Pytester) -> bool:
 STUCK = {"2": "until never", "3": "until never"}
 
 
-def test_ctrl_c_joins_what_was_measured(project: pytest.Pytester) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_is_joined_after(project: pytest.Pytester, signal_number: signal.Signals) -> None:
     play(project, script=STUCK)
     process = started(project, *options(batches="1,2,3,4"))
     wait_for(lambda: both_wait(project))
-    os.killpg(process.pid, signal.SIGINT)
+    if signal_number is signal.SIGINT:
+        os.killpg(process.pid, signal_number)  # Ctrl-C goes to all of them
+    else:
+        process.send_signal(signal_number)
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == pytest.ExitCode.INTERRUPTED, output
     (path,) = run_files(project)

@@ -67,6 +67,7 @@ class Controller:
     def __init__(self, config: pytest.Config, specs: Sequence[Any]) -> None:
         """Raises pytest's UsageError where two would share a GPU."""
         from pytest_vram.exchange import Exchange
+        from pytest_vram.interrupting import terminate_as_ctrl_c
         from pytest_vram.records.files import TIME_FORMAT
 
         self.config = config
@@ -81,6 +82,7 @@ class Controller:
         self.gpus = self.gpus[: len(specs)]
         for spec, gpu in zip(specs, self.gpus, strict=True):
             spec.env["CUDA_VISIBLE_DEVICES"] = gpu
+        self._restore = terminate_as_ctrl_c()
         self._folder = TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True)
         self.exchange = Exchange(Path(self._folder.name))
         self.planned: list[Planned] = []
@@ -153,6 +155,7 @@ class Controller:
         return problem
 
     def close(self) -> None:
+        self._restore()
         self._folder.cleanup()
 
 

@@ -50,7 +50,7 @@ class Manager:
         self.interrupted = False
         self.deselected: list[str] = []
         self.problem: str | None = None  # why there is no verdict
-        self.shown = 0
+        self.shown = self.told = 0
 
     @property
     def terminal(self) -> Any:
@@ -79,9 +79,17 @@ class Manager:
         capture = self.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             if self.terminal is not None:
+                self.terminal.ensure_newline()
                 self.terminal.write_line(f"vram: {text}")
             else:
                 print(f"vram: {text}", file=sys.stderr)
+
+    def tell_notes(self) -> None:
+        """What the session has to say beside its records, once."""
+        notes = self.session.notes if self.session else []
+        for note in notes[self.told :]:
+            self.tell(note)
+        self.told = len(notes)
 
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""
@@ -196,6 +204,7 @@ class Manager:
             self.sweep().start(plans, node_ids, keep_journal=keep_journal, deselected=self.deselected)
         except VramError as error:
             self.refuse(str(error))
+        self.tell_notes()
         if self.under_xdist and not self.part:
             aliases = names_with_aliases(plan.model for plan in plans)
             planned = {"ids": sorted(self.sweep().expected), "aliases": aliases, "asked": self.sweep().asked()}
@@ -272,6 +281,7 @@ class Manager:
         except UsageError as error:  # only under xdist, whose controller opens its journal with the first record
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         self.say("")
+        self.tell_notes()
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
         documents = getattr(report, "vram", ())
@@ -315,8 +325,12 @@ class Manager:
             else:
                 self.session.finish(self.interrupted)
             self.compare(session)
+        except KeyboardInterrupt:  # twice: somebody cannot wait; what was measured is in the journal
+            pytest.exit("vram: interrupted twice", returncode=pytest.ExitCode.INTERRUPTED)
         finally:
             self.session.close()
+        if self.session.unsaved:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def compare(self, session: pytest.Session) -> None:
         """The verdict against the base, and pytest's exit code for it."""
@@ -344,9 +358,12 @@ class Manager:
                     tell(f"vram.compared.{word.replace(' ', '_')}", count)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        self.tell_notes()
         session = self.session
         if session is None:
             return
+        if session.unsaved:
+            terminalreporter.write_line(f"vram: {session.unsaved}", red=True)
         if session.written:
             from pytest_vram.records.caveats import caveats
             from pytest_vram.report.summary import legend, summary, where_time_went

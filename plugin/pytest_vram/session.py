@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,26 @@ from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
 from pytest_vram.compare.timing import Again
 from pytest_vram.confirming import Confirmation
-from pytest_vram.errors import UsageError
+from pytest_vram.errors import NotSaved, UsageError
 from pytest_vram.exchange import Part, Planned
+from pytest_vram.interrupting import terminate_as_ctrl_c
 from pytest_vram.measure import environment
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.exactness import References
 from pytest_vram.measure.job import job_of, own_job
 from pytest_vram.measure.machine import Machine, start_machine
-from pytest_vram.measure.measurement import CaseInterrupted, Estimated, measure
+from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
+from pytest_vram.measure.timeout import LEAST_S, timeout_s
 from pytest_vram.pipelines.optimizations import gpus_of, impossible
 from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
-from pytest_vram.records.files import Journal, folder_of, new_path, read_journal, write_run
+from pytest_vram.records.files import Journal, folder_of, new_path, read_journal, run_path_of, write_run
 from pytest_vram.records.merging import apart, joined
 from pytest_vram.records.reading import ReadRun
+from pytest_vram.records.resuming import Unfinished, find_unfinished, kept, known
 from pytest_vram.records.schema import Record, Run
-from pytest_vram.resuming import known, resumable
 
 
 class SweepSession:
@@ -77,6 +80,11 @@ class SweepSession:
         self._asked_others: dict[str, list[str]] = {}
         self._goes_on_with: tuple[Path, list[Record]] | None = None
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
+        self._timeouts: dict[str, float] = {}  # from estimates, by case id
+        self._claimed: Unfinished | None = None
+        self._restore: Callable[[], None] = lambda: None
+        self.notes: list[str] = []  # what a person should know beside the records
+        self.unsaved = ""  # why records that were found are not on the disk
 
     # Collection
 
@@ -112,6 +120,7 @@ class SweepSession:
         that were left out. `keep_journal` is off in xdist workers: their controller keeps it.
         """
         options = self.options
+        self._restore = terminate_as_ctrl_c()
         self.began = time.monotonic()
         self.planned = list({plan.case: plan for plan in plans}.values())
         self.expected = {plan.case.id for plan in self.planned}
@@ -175,7 +184,7 @@ class SweepSession:
         beside = part.of if part else 1
         self.estimates = Estimates(cases, models, self.machine.starter, capability, ahead=ahead, beside=beside)
         if self.options.device == "cuda":
-            self.estimates.finish(self.options.settings.timeout_s, self.say)
+            self.estimates.finish(self.options.settings.timeout_s or LEAST_S, self.say)
         if part:
             for case, outcome in self.estimates.done().items():
                 part.exchange.put_estimate(case.id, outcome)
@@ -245,6 +254,8 @@ class SweepSession:
                 "selection": self.options.selection,
                 "workers": options.settings.workers,
                 "rounds": options.settings.rounds,
+                "need": options.settings.need,
+                "limit_bytes": options.limit_bytes,
             },
         )
 
@@ -263,11 +274,20 @@ class SweepSession:
         """The run file of the sweep that this one goes on with, and its records that need not be made again; the first
         of several xdist workers finds it for all."""
         if self._goes_on_with is None and self.part:
-            make = partial(resumable, folder, run, self.options.shard, self.planned)
+            make = partial(self._resumable, folder, run)
             self._goes_on_with = self.part.exchange.resumed(apart(run.environment), make)
         elif self._goes_on_with is None:
-            self._goes_on_with = resumable(folder, run, self.options.shard, self.planned)
+            self._goes_on_with = self._resumable(folder, run)
         return self._goes_on_with
+
+    def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
+        """The newest unfinished run of this folder, and its records that need not be made again."""
+        found = find_unfinished(folder, str(self.options.shard) if self.options.shard else None)
+        if found is None:
+            raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
+        self._claimed = found
+        self.notes += found.notes
+        return run_path_of(found.path), kept(found, run, {plan.case.id: plan.case for plan in self.planned})
 
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
@@ -282,7 +302,8 @@ class SweepSession:
         outcome: dict[str, Any] = {}
         if self.estimates and not impossible(plan.case.optimizations, self.options.device, plan.case.weights):
             outcome = self.part.exchange.estimate(plan.case.id) or {} if self.part else {}
-            outcome = outcome or self.estimates.result(plan.case, self.options.settings.timeout_s)[0]
+            outcome = outcome or self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)[0]
+            self._timeouts[plan.case.id] = timeout_s(plan.case, outcome, self.options.settings.rounds)
         estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
         record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
         return with_estimate(record, outcome) if outcome else record
@@ -315,18 +336,22 @@ class SweepSession:
         assert self.machine is not None
         self._jobs[case.id] = case, job
         try:
-            return measure(case, job, self.machine, self.options.settings, self.say, estimated, self.references)
+            return measure(case, job, self.machine, self.settings(case.id), self.say, estimated, self.references)
         except CaseInterrupted as interrupt:
-            if self.journal:
-                self.journal.add(interrupt.record)
+            self._store(interrupt.record)
             raise KeyboardInterrupt from None
+
+    def settings(self, id: str) -> Settings:
+        """Those for one case: with the timeout from its estimate, unless one was given."""
+        settings = self.options.settings
+        return replace(settings, timeout_s=settings.timeout_s or self._timeouts.get(id, LEAST_S))
 
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
         if reason := impossible(plan.case.optimizations, "meta", plan.case.weights):
             return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "estimated"})
         self.say(f"estimating {plan.case.id}")
-        outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s)
+        outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)
         return estimated_record(plan.case, outcome, seconds)
 
     def keep(self, record: Record) -> None:
@@ -335,9 +360,24 @@ class SweepSession:
             self.open_journal({})
         assert self.journal is not None
         if self.journal.records.get(record.id) != record:
-            self.journal.add(record)
+            self._store(record)
             self.fresh.append(record)
         self.finished[record.id] = record
+
+    def _store(self, record: Record) -> None:
+        """Into the journal; where there is no room for it the sweep goes on, and it is tried again with the next."""
+        if self.journal is None:
+            return
+        try:
+            self.journal.add(record)
+        except NotSaved as error:
+            if not self.unsaved:
+                self.notes.append(f"{error}; what is found is kept in memory and written once there is room")
+            self.unsaved = str(error)
+        else:
+            if self.unsaved:
+                self.notes.append(f"{self.journal.path} has all that is found again")
+            self.unsaved = ""
 
     def note(self, record: Record, *, fresh: bool) -> None:
         """A case has ended in an xdist worker, which keeps its record; `fresh` is one that it has made itself."""
@@ -377,7 +417,14 @@ class SweepSession:
             options = {**self.journal.run.options, **self._asked_others}
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases, "options": options})
         self.journal.run = self.journal.run.model_copy(update={"wall_s": self.spent_s})
-        path = self.journal.finish(complete)
+        try:
+            path = self.journal.finish(complete)
+        except NotSaved as error:
+            some = f", but for the last {self.journal.unsaved} that there was no room for"
+            what = f"{error}; {self.journal.path.name} beside it has the records{some if self.journal.unsaved else ''}"
+            self.unsaved = f"{what}: free some space and give --vram-resume"
+            return
+        self.unsaved = ""
         update = {"records": list(records.values()), "complete": complete}
         self.written = [ReadRun(path, self.journal.run.model_copy(update=update))]
 
@@ -437,7 +484,9 @@ class SweepSession:
             raise stopped
 
     def _confirmation(self, base: Base) -> Confirmation:
-        return Confirmation(base, self.options, self.root, self.machine, self._jobs, self.node_ids, self.say)
+        return Confirmation(
+            base, self.options, self.root, self.machine, self._jobs, self.node_ids, self.say, self.settings
+        )
 
     def abandon(self) -> None:
         """Nothing was run: leave nothing behind."""
@@ -453,6 +502,11 @@ class SweepSession:
             self.estimates.close()
         if self.machine:
             self.machine.close()
+        if self.journal:
+            self.journal.close()
+        if self._claimed:
+            self._claimed.close()
+        self._restore()
 
     @property
     def records(self) -> list[Record]:
