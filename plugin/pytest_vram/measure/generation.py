@@ -227,9 +227,9 @@ def _agreed(rounds: int) -> int:
     """What the first of the processes that run a pipeline together says."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rounds
-    said = [rounds]
-    torch.distributed.broadcast_object_list(said)
-    return said[0]
+    said = torch.tensor([rounds], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.broadcast(said, 0)
+    return int(said)
 
 
 def out_of_memory(error: BaseException | None) -> bool:

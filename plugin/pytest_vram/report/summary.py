@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pytest_vram.cases.case import Case
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Phase, Record
-from pytest_vram.report.text import display_name, gib, seconds
+from pytest_vram.report.text import display_name, gib, printable, seconds
 
 WIDTH = 100
 
@@ -45,6 +45,11 @@ def deciding_phase(record: Record) -> Phase | None:
 
 def above_limit(record: Record, limit: int) -> str | None:
     """Why this case is not known to fit into `limit` bytes, or None where it fits."""
+    problem = _above_limit(record, limit)
+    return None if problem is None else printable(problem)
+
+
+def _above_limit(record: Record, limit: int) -> str | None:
     memory, phase = record.memory, deciding_phase(record)
     at_most = f"max_required is {gib(limit)} GiB"
     if record.status == "oom":
@@ -72,7 +77,7 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]]) -> 
     for record in records:
         by_model.setdefault(record.case.model, []).append(record)
     for model, group in by_model.items():
-        table.add_row(escape(display_name(model, aliases)))
+        table.add_row(escape(printable(display_name(model, aliases))))
         for record in group:
             table.add_row(*_row(record))
     console = Console(file=StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
@@ -83,11 +88,11 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]]) -> 
 
 def _row(record: Record) -> list[str]:
     memory, time = record.memory, record.time
-    label = " ".join(record.case.labels)
+    label = printable(" ".join(record.case.labels))
     frames = record.case.frames if isinstance(record.case, Case) else None
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
     if no_effect:
-        label += f"\n   {', '.join(no_effect)}: no effect"
+        label += f"\n   {printable(', '.join(no_effect))}: no effect"
     if record.exactness is not None and not record.exact and record.exactness.mean_abs_difference:
         what = "not exact" if record.exactness.claimed else "the image"
         label += f"\n   {what}: differs by {record.exactness.mean_abs_difference:.2g}"
@@ -138,7 +143,7 @@ def line(record: Record) -> str:
             parts.append(f"{gib(record.memory.reserved_peak_bytes)} reserved")
         if record.time.median_s is not None:
             parts.append(f"{seconds(record.time.median_s)} s")
-    return ", ".join(parts)
+    return printable(", ".join(parts))
 
 
 def where_time_went(records: Iterable[Record], wall_s: float) -> str:
