@@ -16,7 +16,9 @@ slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.la
 settings.register_profile(
     "quick", max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=slow_is_fine
 )
-settings.register_profile("thorough", max_examples=5000, deadline=None, database=None, suppress_health_check=slow_is_fine)
+settings.register_profile(
+    "thorough", max_examples=5000, deadline=None, database=None, suppress_health_check=slow_is_fine
+)
 settings.load_profile("quick")
 
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:

@@ -414,7 +414,6 @@ def main() -> None:
     try:
         app()
     except VramError as error:
-    
         typer.echo(printable(f"pytest-vram: {error}"), err=True)
         raise SystemExit(2) from error
 

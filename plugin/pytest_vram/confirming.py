@@ -51,7 +51,7 @@ class Confirmation:
             names = [name for name in names if name not in again]
         else:
             again, notes = {}, []
-        settings = replace(self.options.settings, workers=WORKERS, need=False, save_images=None)
+        settings = replace(self.options.settings, workers=WORKERS, need=False, save_images=None, leak_calls=None)
         for name in names:
             if self.base.has_stored_workers(name) and name in self.jobs and self.machine:
                 self.say(f"{name} again")

@@ -7,6 +7,7 @@ from typing import Any
 from pytest_vram.cases.case import AnyCase
 from pytest_vram.cases.shard import Shard
 from pytest_vram.errors import UsageError
+from pytest_vram.measure.drift import CHECK_INTERRUPTED
 from pytest_vram.measure.measurement import SEARCH_INTERRUPTED
 from pytest_vram.planning import Plan
 from pytest_vram.records.files import unfinished
@@ -58,7 +59,8 @@ def known(records: Mapping[str, Record], case: AnyCase) -> Record | None:
 
 def is_done(record: Record) -> bool:
     """Whether a resumed sweep need not measure this case again."""
-    return record.status in DONE and record.unavailable.get("memory.need_bytes") != SEARCH_INTERRUPTED
+    interrupted = record.unavailable.get("memory.need_bytes") == SEARCH_INTERRUPTED
+    return record.status in DONE and not interrupted and record.unavailable.get("drift") != CHECK_INTERRUPTED
 
 
 def _shard(run: Run) -> Any:

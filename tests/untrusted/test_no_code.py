@@ -1,7 +1,6 @@
 """No file that is read can bring code with it: no pickle, no code of the hub, nothing evaluated."""
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +62,5 @@ def test_what_would_is_found(source: str) -> None:
     assert list(found_in(source))
 
 
-def test_what_is_harmless_is_not(source: str = "network.eval(); re.compile('x'); json.load(f)") -> None:
-    assert list(found_in(source)) == []
-    assert re.compile("x")
+def test_what_is_harmless_is_not() -> None:
+    assert list(found_in("network.eval(); re.compile('x'); json.load(f); numpy.load(f, allow_pickle=False)")) == []

@@ -85,7 +85,9 @@ def run_files() -> list[Any]:
     ]
     environment = {"gpu": "NVIDIA H100 80GB HBM3", "gpu_memory_bytes": 81079 << 20, "commit": "1a2b3c4"}
     options = {"device": "cuda", "shard": "1/2", "cases": ["a", "b"], "deselected": ["b"], "overrides": {"steps": 4}}
-    found.append({"vram": {"schema": 1, "environment": environment, "sweep": "d", "options": options, "records": kinds}})
+    found.append(
+        {"vram": {"schema": 1, "environment": environment, "sweep": "d", "options": options, "records": kinds}}
+    )
     return found
 
 

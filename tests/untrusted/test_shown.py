@@ -44,10 +44,15 @@ def planted(draw: st.DrawFn) -> dict[str, Any]:
     }
     failure = {**FAILURE, "message": text(), "output_tail": text()}
     mine = own().model_dump(mode="json")
-    mine["id"], mine["case"] = text(), {**mine["case"], "model": text(), "test": text(), "build": text(), "call": text()}
+    mine["id"], mine["case"] = (
+        text(),
+        {**mine["case"], "model": text(), "test": text(), "build": text(), "call": text()},
+    )
     records = [
         facts(id=text(), case=case, **more),
-        facts(id=text(), case={**case, "batch_size": 2}, method="estimated", time={}, memory={"need_bytes": 12000 * MIB}),
+        facts(
+            id=text(), case={**case, "batch_size": 2}, method="estimated", time={}, memory={"need_bytes": 12000 * MIB}
+        ),
         facts(id=text(), status="oom", case={**case, "batch_size": 4}, failure=failure, time={}),
         facts(id=text(), status="error", case={**case, "batch_size": 8}, failure=failure, time={}),
         facts(id=text(), status="skipped", case={**case, "batch_size": 16}, reason=text(), time={}),

@@ -1,7 +1,6 @@
 """Sweeps: named blocks of axes in `matrix.toml`, expanded into cases."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,9 +184,11 @@ def _axes(
     with _at(counts_at):
         if any(str(count) != NATIVE for count in counts) and all(models[name].kind == "image" for name in chosen):
             raise ValueError(f"{', '.join(chosen)}: makes images; leave frames out")
-    product = math.prod(map(len, (chosen, parsed, sizes, counts, batches)))
+    product = len(chosen) * len(parsed) * len(sizes) * len(counts) * len(batches)
     if product > MOST_CASES:
-        raise UsageError(f"{where}: the product of its axes is {product:,} cases, above {MOST_CASES:,}; make them shorter")
+        raise UsageError(
+            f"{where}: the product of its axes is {product:,} cases, above {MOST_CASES:,}; make them shorter"
+        )
     for name, optimizations, size, count, batch in itertools.product(chosen, parsed, sizes, counts, batches):
         model = models[name]
         with _at(sizes_at):

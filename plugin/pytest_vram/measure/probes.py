@@ -47,8 +47,8 @@ def canary(job: Message, reporter: Reporter) -> None:
 
 
 def bound_host_memory(room_bytes: int | None = None) -> None:
-    """An architecture that asks for more than `room_bytes` beyond what this process holds ends in an error, and not in a
-    host without memory. Without a figure it is what the host has available, and at least `LEAST_ROOM_BYTES`."""
+    """An architecture that asks for more than `room_bytes` beyond what this process holds ends in an error, and not in
+    a host without memory. Without a figure it is what the host has available, and at least `LEAST_ROOM_BYTES`."""
     import psutil
 
     room = max(LEAST_ROOM_BYTES, psutil.virtual_memory().available) if room_bytes is None else room_bytes

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pytest_vram.cases.case import Case
-from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Phase, Record
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Drift, Phase, Record
 from pytest_vram.report.text import display_name, gib, printable, seconds
 
 WIDTH = 100
@@ -34,6 +34,19 @@ def required(record: Record) -> str:
     if memory.estimated_need_bytes is not None:
         return f"~{gib(memory.estimated_need_bytes + (memory.context_bytes or ASSUMED_CONTEXT_BYTES))}"
     return "–"
+
+
+def drift(found: Drift) -> str:
+    """What a leak check found, in one line."""
+    if not found.leaks:
+        return f"no leak in {found.calls} calls"
+    said = []
+    for kind in found.leaks:
+        if kind == "tensors":
+            said.append(f"{found.tensors_per_call or 0:+.3g} tensors")
+        else:
+            said.append(f"{kind} {(getattr(found, f'{kind}_bytes_per_call') or 0) / 2**20:+.3g} MiB")
+    return f"LEAKS, each call: {', '.join(said)} ({found.calls} calls)"
 
 
 def deciding_phase(record: Record) -> Phase | None:
@@ -96,6 +109,10 @@ def _row(record: Record) -> list[str]:
     if record.exactness is not None and not record.exact and record.exactness.mean_abs_difference:
         what = "not exact" if record.exactness.claimed else "the image"
         label += f"\n   {what}: differs by {record.exactness.mean_abs_difference:.2g}"
+    if record.drift is not None:
+        label += f"\n   {drift(record.drift)}"
+    elif "drift" in record.unavailable:
+        label += f"\n   no leak check: {printable(record.unavailable['drift'])[:200]}"
     if record.gpus:
         each = (f"{gib(gpu.required_bytes)}" for gpu in record.gpus)
         label += f"\n   {len(record.gpus)} GPUs: {', '.join(each)}"
@@ -124,6 +141,7 @@ def properties(record: Record) -> dict[str, str]:
         "vram.allocated_peak_bytes": memory.allocated_peak_bytes,
         "vram.nvml_process_peak_bytes": memory.nvml_process_peak_bytes,
         "vram.median_s": time.median_s,
+        "vram.leaks": None if record.drift is None else ",".join(record.drift.leaks) or "none",
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -143,6 +161,8 @@ def line(record: Record) -> str:
             parts.append(f"{gib(record.memory.reserved_peak_bytes)} reserved")
         if record.time.median_s is not None:
             parts.append(f"{seconds(record.time.median_s)} s")
+        if record.drift is not None:
+            parts.append(drift(record.drift))
     return printable(", ".join(parts))
 
 
