@@ -1,7 +1,7 @@
 """Every reader on files of strangers: it gives a value, or refuses in one line; there is no third way."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,15 @@ MATRIX = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("strangers")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_packaged_cards(folder: Path) -> Iterator[None]:
+    """Else nearly all of the time goes into reading those of the package again."""
+    few = put(folder / "packaged.toml", as_toml({"cards": [{**CARDS, "name": "RTX 3060"}]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytest_vram.report.cards.PACKAGED", few)
+        yield
 
 
 @cache
