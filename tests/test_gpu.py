@@ -175,6 +175,48 @@ def test_a_shared_gpu_is_refused_or_said(neighbour: None, tmp_path: Path) -> Non
     assert (record.memory.nvml_device_peak_bytes or 0) < 5 << 30
 
 
+def test_two_sweeps_queue_and_do_not_disturb_each_other(gpu: nvml.Gpu, tmp_path: Path) -> None:
+    first = subprocess.Popen(
+        command(tmp_path / "first", NO_NEED), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while not gpu.processes():
+        assert time.monotonic() < deadline, first.communicate()[0]
+        time.sleep(0.02)
+    second = run(tmp_path / "second", NO_NEED)
+    output, _ = first.communicate(timeout=PATIENCE_S)
+    assert (first.returncode, second.returncode) == (0, 0), output + second.stdout + second.stderr
+    assert f"vram: waiting for pid {first.pid}: another sweep measures on this GPU" in second.stdout
+    assert [only_record(tmp_path / name).disturbed for name in ("first", "second")] == [None, None]
+
+
+def test_a_process_that_comes_during_a_case_disturbs_it(gpu: nvml.Gpu, tmp_path: Path) -> None:
+    sweep = subprocess.Popen(
+        command(tmp_path, NO_NEED, "--vram-steps=200"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while not any((used or 0) > 2000 * MIB for used in gpu.processes().values()):  # past the canary
+        assert time.monotonic() < deadline, sweep.communicate()[0]
+        time.sleep(0.02)
+    comes = subprocess.Popen([sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"])
+    output, _ = sweep.communicate(timeout=PATIENCE_S)
+    assert comes.wait() == 0
+    assert sweep.returncode == 0, output
+    record = only_record(tmp_path)
+    assert f"(pid {comes.pid})" in (record.disturbed or "")
+    assert record.unavailable["energy_j_per_image"] == "other processes used the GPU meanwhile"
+
+
+def test_energy_of_an_image_is_power_by_time(tmp_path: Path) -> None:
+    assert run(tmp_path, NO_NEED, "--vram-rounds=60").returncode == 0
+    record = only_record(tmp_path)
+    power = [state.power_w for state in record.telemetry.rounds if state.power_w]
+    assert record.energy_j_per_image, record.unavailable
+    assert record.time.images_per_s
+    watts = record.energy_j_per_image * record.time.images_per_s
+    assert watts == pytest.approx(sum(power) / len(power), rel=0.15)  # NVML's power is an average of a second
+
+
 def test_workers_are_spawned_where_the_fork_server_has_spoilt_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the variable, importing diffusers initialises CUDA, and no forked child can use it."""
     monkeypatch.setattr("pytest_vram.measure.forkserver.PRELOAD_ENVIRON", {"PYTORCH_NVML_BASED_CUDA_CHECK": "0"})

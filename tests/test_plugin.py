@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from pytest_vram.cases.case import Case
+from pytest_vram.plugin import Manager
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
 
@@ -416,3 +418,46 @@ def test_trained_weights_from_a_folder(saved: Path, project: pytest.Pytester) ->
     refused = run(project, "--vram-models=./Trained One", *options)
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
     assert "Trained One/vae: no .safetensors file" in str(refused.stderr)
+
+
+class Terminal:
+    """A terminal reporter that remembers its lines."""
+
+    isatty = False
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def section(self, title: str) -> None:
+        self.lines.append(title)
+
+    def write_line(self, text: str, **_: Any) -> None:
+        self.lines.append(text)
+
+
+def manager_on(terminal: Terminal | None, **session: Any) -> Manager:
+    manager: Any = object.__new__(Manager)
+    plugins = SimpleNamespace(getplugin={"terminalreporter": terminal, "capturemanager": None}.get)
+    manager.config = SimpleNamespace(pluginmanager=plugins, get_verbosity=lambda: 0)
+    manager.session, manager.problem = SimpleNamespace(**session) if session else None, None
+    found: Manager = manager
+    return found
+
+
+def test_a_line_that_stays_is_shown_where_there_is_no_terminal_to_rewrite_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    terminal = Terminal()
+    manager_on(terminal).tell("waiting for pid 5: another sweep measures on this GPU")
+    assert terminal.lines == ["vram: waiting for pid 5: another sweep measures on this GPU"]
+    manager_on(None).tell("an xdist worker waits")
+    assert capsys.readouterr().err == "vram: an xdist worker waits\n"
+
+
+def test_memory_that_means_something_else_is_said_under_the_table() -> None:
+    environment = {"unified_memory": True}
+    facts = {"records": [], "options": SimpleNamespace(device="meta"), "run_path": "run.json", "comparison": None}
+    for found, times in ((environment, 1), ({}, 0)):
+        terminal, journal = Terminal(), SimpleNamespace(run=Run(environment=found, sweep="default"))
+        manager_on(terminal, journal=journal, **facts).pytest_terminal_summary(terminal)
+        assert sum(line.startswith("vram: GPU and host share one memory: ") for line in terminal.lines) == times

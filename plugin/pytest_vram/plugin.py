@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -62,12 +63,22 @@ class Manager:
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             reporter.rewrite(text[: reporter._tw.fullwidth - 1], erase=True)
 
+    def tell(self, text: str) -> None:
+        """A line that stays; an xdist worker, which has no terminal, writes it to stderr."""
+        self.say("")
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            if self.terminal is not None:
+                self.terminal.write_line(f"vram: {text}")
+            else:
+                print(f"vram: {text}", file=sys.stderr)
+
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""
         if self.session is None:
             from pytest_vram.session import SweepSession
 
-            self.session = SweepSession(read(self.config), self.config.rootpath, self.say)
+            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, self.tell)
         return self.session
 
     def own_session(self, node: pytest.Item) -> SweepSession:
@@ -295,6 +306,7 @@ class Manager:
         if session is None or session.run_path is None:
             return
 
+        from pytest_vram.records.caveats import caveats
         from pytest_vram.report.summary import legend, summary, where_time_went
 
         terminalreporter.section("VRAM")
@@ -302,6 +314,8 @@ class Manager:
         table = summary(session.records, run.aliases if run else {})
         terminalreporter.write_line(table)
         terminalreporter.write_line(legend())
+        for what, why in caveats(run.environment if run else {}).items():
+            terminalreporter.write_line(f"vram: {what}: {why}")
         if session.options.device != "meta":
             terminalreporter.write_line(where_time_went(session.fresh, session.spent_s))
         terminalreporter.write_line(f"run file: {session.run_path}")

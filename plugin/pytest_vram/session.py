@@ -23,7 +23,7 @@ from pytest_vram.measure.machine import Machine, start_machine
 from pytest_vram.measure.measurement import CaseInterrupted, Estimated, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
-from pytest_vram.pipelines.optimizations import impossible
+from pytest_vram.pipelines.optimizations import gpus_of, impossible
 from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
 from pytest_vram.records.files import Journal, folder_of, new_path
 from pytest_vram.records.reading import ReadRun
@@ -34,11 +34,13 @@ from pytest_vram.resuming import known, newest_unfinished, resumable
 class SweepSession:
     """Plans the cases, measures or estimates each when its turn comes, and keeps what was found.
 
-    `say` shows a passing line of progress; `root` is the folder whose commit the run names.
+    `say` shows a passing line of progress, `tell` one that stays; `root` is the folder whose commit the run names.
     """
 
-    def __init__(self, options: Options, root: Path, say: Callable[[str], None]) -> None:
-        self.options, self.root, self.say = options, root, say
+    def __init__(
+        self, options: Options, root: Path, say: Callable[[str], None], tell: Callable[[str], None] | None = None
+    ) -> None:
+        self.options, self.root, self.say, self.tell = options, root, say, tell or say
         self.machine: Machine | None = None
         self.journal: Journal | None = None
         self.estimates: Estimates | None = None
@@ -127,6 +129,8 @@ class SweepSession:
                 allow_shared=options.allow_shared,
                 name_host=options.name_host,
                 say=self.say,
+                tell=self.tell,
+                gpus=None if own else max((gpus_of(plan.case.optimizations) for plan in self.planned), default=1),
             )
             if options.device == "cuda":
                 self._find_base(self.machine.facts)

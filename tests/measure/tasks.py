@@ -94,7 +94,8 @@ def generate(job: Message, reporter: Reporter) -> None:
     `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap
     from `need_mib` on, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or
     the fields of its failure. `skipped` is why the case cannot be run, `no_reference` why a reference fails. An output
-    is the names of the optimizations. `need_mib` may have a figure for each GPU. Of several processes the one of rank
+    is the names of the optimizations. `round_s` is what a round really takes; throttled ones are repeated, up to
+    `repeated` of them. `need_mib` may have a figure for each GPU. Of several processes the one of rank
     `lost` raises or, with `dies`, dies, and the others wait for it; `slow` is one that does not finish.
     """
     script = script_of(job)
@@ -156,8 +157,16 @@ def generate(job: Message, reporter: Reporter) -> None:
         reporter.ask("failed", **{**figures, **script["failed"]})
         return
     reporter.send("rounds", count=len(figures["rounds"]), pilot_s=1.0, found={"weights_bytes": 300 * MIB})
-    for index in range(len(figures["rounds"])):
-        reporter.send("round", index=index)
+    asked = batch = len(figures["rounds"])
+    done = 0
+    while batch > 0:
+        for index in range(done, done + batch):
+            time.sleep(script.get("round_s", 0))
+            reporter.send("round", index=index)
+        done += batch
+        lost = len(reporter.ask("rounds_over")["throttled"])
+        batch = min(asked + lost, asked + script.get("repeated", 0)) - done
+    figures["rounds"] = [*figures["rounds"], *[ROUND] * (done - asked)]
     if job.get("keep_output"):
         _keep_output(job)
     if job.get("compare_output"):

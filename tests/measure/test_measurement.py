@@ -116,6 +116,7 @@ class Card(nvml.Gpu):
         self.throttle: Callable[[int, int], Sequence[str]] = lambda worker, index: ()
         self.pids: list[int] = []
         self.rounds_over = 0
+        self.energy: Callable[[], int | None] = lambda: None  # millijoules
 
     def _worker(self) -> tuple[int, int] | None:
         """(pid, bytes) of the worker that lives."""
@@ -138,6 +139,9 @@ class Card(nvml.Gpu):
         throttle = self.throttle(len(self.pids), self.rounds_over)
         return nvml.State(1980, 60, 300.0, tuple(throttle))
 
+    def energy_mj(self) -> int | None:
+        return self.energy()
+
 
 class Story:
     """Remembers what it is told, and tells the card when a round is over."""
@@ -148,8 +152,10 @@ class Story:
 
     def say(self, text: str) -> None:
         self.texts.append(text)
-        if self.card:
-            self.card.rounds_over = int(text.split()[1]) if text.startswith("round ") else 0
+        if self.card and text.startswith("round "):
+            self.card.rounds_over = int(text.split()[1])
+        elif self.card and " rounds of about " in text:
+            self.card.rounds_over = 0
 
     @property
     def caps(self) -> list[str]:
@@ -654,7 +660,7 @@ def test_a_reference_has_the_environment_of_its_own_flags_and_no_limit(cuda: Sta
         None,
         "expandable_segments:True",
     ]
-    (_, reference_cap), (_, cap) = (channel.told for channel in cuda.starter.channels)
+    (_, reference_cap), (_, cap, *_) = (channel.told for channel in cuda.starter.channels)
     assert (reference_cap["cap_bytes"], cap["cap_bytes"]) == (None, 2000 * MIB - cuda.machine.context_bytes)
     assert record.exactness is not None
     assert record.exactness.against == case_of("fp32").id
@@ -903,26 +909,33 @@ def test_another_process_disturbs_whichever_worker_it_met(cuda: Stage, card: Car
     assert "12345" in (cuda.measure(settings={"workers": 2}).disturbed or "")
 
 
-def test_throttled_rounds_are_discarded_and_counted(cuda: Stage, card: Card) -> None:
-    card.throttle = lambda worker, index: ["hw_thermal_slowdown"] if index == 1 else ["sw_power_cap"]
+def test_throttled_rounds_are_repeated_discarded_and_counted(cuda: Stage, card: Card) -> None:
+    card.throttle = lambda worker, index: ["hw_thermal_slowdown"] if index in (1, 3) else ["sw_power_cap"]
     rounds = [{**ROUND, "denoise": seconds} for seconds in (0.6, 99.0, 0.8)]
-    record = cuda.measure(done={"rounds": rounds})
-    assert record.time.rounds_discarded == 1
-    assert record.time.workers[0].rounds_s == pytest.approx([1.0, 1.2])
-    assert record.time.step_s == pytest.approx(0.7 / 3)
+    record = cuda.measure(done={"rounds": rounds}, repeated=3)
+    assert record.time.rounds_discarded == 2
+    assert record.time.workers[0].rounds_s == pytest.approx([1.0, 1.2, 1.0])
+    assert record.time.step_s == pytest.approx(0.6 / 3)
+    assert record.phases["denoise"].time_s == pytest.approx(0.6)  # without the 99
     assert [r.throttle for r in record.telemetry.rounds] == [
+        ["sw_power_cap"],
+        ["hw_thermal_slowdown"],
         ["sw_power_cap"],
         ["hw_thermal_slowdown"],
         ["sw_power_cap"],
     ]
     assert record.disturbed is None
+    (channel,) = cuda.starter.channels
+    assert [told["throttled"] for told in channel.told if "throttled" in told] == [[1], [1, 3], [1, 3]]
+    assert cuda.story.texts[-2:] == ["round 5 of 5", "2 rounds ran on a throttled GPU"]
 
 
 def test_rounds_that_are_all_throttled_are_kept_and_called_disturbed(cuda: Stage, card: Card) -> None:
     card.throttle = lambda worker, index: ["hw_slowdown"]
-    record = cuda.measure()
+    record = cuda.measure(repeated=2)
     assert (record.status, record.disturbed) == ("ok", "every round of a worker ran on a throttled GPU")
-    assert len(record.time.workers[0].rounds_s) == 3
+    assert len(record.time.workers[0].rounds_s) == 5
+    assert record.time.rounds_discarded == 0
 
 
 @pytest.mark.parametrize(("throttled", "disturbed"), [([], False), ([1], True), ([2], True), ([1, 2], True)])

@@ -70,7 +70,7 @@ def test_unsupported_questions_have_no_answer(driver: Driver) -> None:
     assert gpu.name == "unknown GPU"
     assert (gpu.used_bytes(), gpu.total_bytes(), gpu.power_limit_w(), gpu.mig()) == (None, None, None, None)
     assert gpu.processes() == {}
-    assert gpu.state() == nvml.State(None, None, None, ())
+    assert gpu.state() == nvml.State(None, None, None, None)
 
 
 def test_the_state_in_its_units(driver: Driver) -> None:
@@ -164,3 +164,71 @@ def test_no_driver_is_one_error(driver: Driver, ask: Callable[[], object], code:
 def test_the_drivers_version(driver: Driver) -> None:
     driver.answers("nvmlSystemGetDriverVersion", lambda: "580.95.05")
     assert nvml.driver_version() == "580.95.05"
+
+
+# Answers that cannot be true
+
+
+NOT_AVAILABLE = 2**64 - 1
+
+
+@pytest.mark.parametrize("used", [NOT_AVAILABLE, 2**32 - 1, 80_001, -1, None, "much"])
+def test_memory_that_cannot_be_in_use_is_none(driver: Driver, used: Any) -> None:
+    driver.answers("nvmlDeviceGetMemoryInfo", lambda handle, **_: SimpleNamespace(used=used, total=80_000))
+    assert nvml.Gpu(HANDLE).used_bytes() is None
+
+
+@pytest.mark.parametrize("total", [0, NOT_AVAILABLE])
+def test_a_gpu_with_no_memory_says_nothing_of_it(driver: Driver, total: int) -> None:
+    driver.answers("nvmlDeviceGetMemoryInfo", lambda handle, **_: SimpleNamespace(used=0, total=total))
+    gpu = nvml.Gpu(HANDLE)
+    assert (gpu.used_bytes(), gpu.total_bytes()) == (None, None)
+
+
+@pytest.mark.parametrize("used", [0, NOT_AVAILABLE, 80_001])
+def test_a_process_whose_memory_cannot_be_true_is_there_and_has_none(driver: Driver, used: int) -> None:
+    driver.answers("nvmlDeviceGetMemoryInfo", lambda handle, **_: SimpleNamespace(used=1000, total=80_000))
+    found = [SimpleNamespace(pid=10, usedGpuMemory=used), SimpleNamespace(pid=11, usedGpuMemory=500)]
+    driver.answers("nvmlDeviceGetComputeRunningProcesses", lambda handle: found)
+    assert nvml.Gpu(HANDLE).processes() == {10: None, 11: 500}
+
+
+@pytest.mark.parametrize("answer", [0, 2**32 - 1, NOT_AVAILABLE])
+def test_a_state_that_cannot_be_is_none(driver: Driver, answer: int) -> None:
+    for name in ("PowerUsage", "ClockInfo", "Temperature", "EnforcedPowerLimit", "TotalEnergyConsumption"):
+        driver.answers(f"nvmlDeviceGet{name}", lambda *_: answer)
+    driver.answers("nvmlDeviceGetCurrentClocksEventReasons", lambda handle: answer)
+    gpu = nvml.Gpu(HANDLE)
+    assert gpu.state() == nvml.State(None, None, None, () if answer == 0 else None)  # not throttled for all reasons
+    assert (gpu.power_limit_w(), gpu.energy_mj()) == (None, None)
+
+
+def test_the_energy_counter(driver: Driver) -> None:
+    assert nvml.Gpu(HANDLE).energy_mj() is None  # before Volta
+    driver.answers("nvmlDeviceGetTotalEnergyConsumption", lambda handle: 123_456_789)
+    assert nvml.Gpu(HANDLE).energy_mj() == 123_456_789
+
+
+@pytest.mark.parametrize(("model", "name"), [([0, 0], "WDDM"), ([1, 1], "WDM"), ([2, 2], "MCDM"), (0, "WDDM")])
+def test_the_driver_model_of_windows(driver: Driver, model: Any, name: str) -> None:
+    assert nvml.Gpu(HANDLE).driver_model() is None  # Linux
+    driver.answers("nvmlDeviceGetDriverModel", lambda handle: model)
+    assert nvml.Gpu(HANDLE).driver_model() == name
+
+
+def test_a_mig_instance_knows_its_gpu(driver: Driver) -> None:
+    driver.answers("nvmlDeviceGetUUID", lambda handle: f"uuid of {handle}")
+    assert nvml.Gpu(HANDLE).whole() is None
+    driver.answers("nvmlDeviceIsMigDeviceHandle", lambda handle: handle == "instance")
+    driver.answers("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", lambda handle: HANDLE)
+    whole = nvml.Gpu("instance").whole()
+    assert whole is not None
+    assert whole.uuid() == f"uuid of {HANDLE}"
+    assert whole.whole() is None
+
+
+def test_a_driver_that_answers_no_more_is_one_error(driver: Driver) -> None:
+    driver.refuses("nvmlDeviceGetCount", pynvml.NVML_ERROR_GPU_IS_LOST)
+    for ask in (nvml.gpus, nvml.driver_version):
+        with pytest.raises(nvml.NvmlUnavailable, match="the NVIDIA driver does not tell its"):
+            ask()

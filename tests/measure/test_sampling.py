@@ -1,17 +1,17 @@
 """Peaks of one worker and the GPU's state by round, from readings that are replayed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
 import pytest
 
 from pytest_vram.measure import nvml, sampling
-from pytest_vram.measure.sampling import STATE_INTERVAL_S, Sampler
+from pytest_vram.measure.sampling import STATE_INTERVAL_S, Batch, Sampler
 from pytest_vram.records.schema import RoundTelemetry
 
 MIB = 1 << 20
 PID = 4711
-UNKNOWN = nvml.State(None, None, None, ())
+UNKNOWN = nvml.State(None, None, None, None)
 Processes = dict[int, int | None]
 
 
@@ -33,6 +33,9 @@ class ReplayedGpu(nvml.Gpu):
 
     def state(self) -> nvml.State:
         return next(self._states)
+
+    def energy_mj(self) -> int | None:
+        return None
 
 
 class Clock:
@@ -87,11 +90,60 @@ def test_without_nvml_nothing_is_sampled() -> None:
     assert sampler.end_round() == RoundTelemetry()
 
 
-def test_others_are_seen_only_where_the_workers_own_pid_is() -> None:
-    seen = sampled(ReplayedGpu([], [{PID: 1}, {PID: 1, 5: 100}, {PID: 1, 6: None}]), 3)
-    assert seen.others == {5, 6}
-    # in a container NVML speaks of pids of the host: the worker is one of them
-    assert sampled(ReplayedGpu([], [{90001: 100}]), 1).others == set()
+@pytest.mark.parametrize(
+    ("seen", "before", "others"),
+    [
+        ([{PID: 1}, {PID: 1, 5: 100}, {PID: 1, 6: None}], (), {5, 6}),
+        ([{5: 100}, {PID: 1, 5: 100}], (), {5}),  # there before the worker has come
+        ([{5: 100, PID: 1}], (5,), {5}),  # --vram-allow-shared
+        # in a container NVML speaks of pids of the host: the worker is one of them
+        ([{90001: 100}] * 2, (), set()),
+        ([{90001: 100}, {90001: 100, 90002: 1}], (), {90002}),
+        ([{5: 100}, {5: 100, 90001: 100}, {5: 100, 90001: 100}], (5,), {5}),
+        ([{90001: 100, 90002: 1}], (), {90001, 90002}),  # which is the worker is not known
+        ([{0: 100}] * 2, (), set()),
+        ([{}] * 2, (), set()),
+    ],
+)
+def test_who_else_is_on_the_gpu(seen: list[Processes], before: Sequence[int], others: set[int]) -> None:
+    sampler = Sampler(ReplayedGpu([], seen), PID, 0, frozenset(before))
+    for _ in seen:
+        sampler.sample()
+    assert sampler.others == others
+
+
+def test_a_figure_is_that_of_the_last_reading_or_none() -> None:
+    sampler = sampled(ReplayedGpu([1300, None], [{PID: 1100}, {}]), 2)
+    assert (sampler.process_now, sampler.device_now, sampler.held_outside(0)) == (None, None, None)
+    assert (sampler.process_peak, sampler.device_peak) == (1100 * MIB, 1300 * MIB)
+    assert sampler.stopped
+    assert not sampled(ReplayedGpu([None, 1300]), 2).stopped
+    assert not sampled(ReplayedGpu([None]), 1).stopped  # it never answered
+
+
+class Metered(ReplayedGpu):
+    """Has taken a joule more each time it is asked."""
+
+    joules = 0
+
+    def energy_mj(self) -> int | None:
+        self.joules += 1
+        return self.joules * 1000
+
+
+def test_batches_have_the_counter_before_and_after_them(clock: Clock) -> None:
+    sampler = Sampler(Metered(states=[state()] * 3), PID, 0)
+    sampler.begin_batch()
+    sampler.end_round()
+    sampler.end_round()
+    clock.now += 3
+    sampler.end_batch()
+    sampler.begin_batch()
+    sampler.end_round()
+    clock.now += 1
+    sampler.end_batch()
+    assert sampler.batches == [Batch(0, 100.0, 1000, 2, 3.0, 2000), Batch(2, 103.0, 3000, 3, 1.0, 4000)]
+    assert len(sampler.telemetry) == 3
 
 
 @pytest.mark.parametrize(
@@ -149,3 +201,7 @@ def test_what_the_driver_does_not_say_is_none(clock: Clock) -> None:
     clock.now += 1.01 * STATE_INTERVAL_S
     sampler.sample(states=True)
     assert sampler.end_round() == RoundTelemetry(sm_clock_mhz=1500)
+    assert sampler.throttle_known
+    unknown = Sampler(ReplayedGpu(states=[UNKNOWN]), PID, 0)
+    assert unknown.end_round() == RoundTelemetry()
+    assert not unknown.throttle_known

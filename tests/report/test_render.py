@@ -339,6 +339,11 @@ def test_a_set_for_two_gpus_says_what_each_must_have_and_is_recommended_for_no_c
     assert "device_map_balanced" not in json.dumps(tables(markdown(report))["Models on cards"])
     alone = tables(markdown(a_report(a_run(two))))["Models on cards"]
     assert set(alone[2][3:-1]) <= {"no", "–"}
+    assert "What made it worse" not in tables(markdown(report))
+    gpus = [{"required_bytes": 11_686 * MIB}] * 2
+    two = record(id="two", case={"optimizations": ["fp16", "context_parallel_ring"]}, memory=needing(11_000), gpus=gpus)
+    report = a_report(a_run(record(memory=needing(9_000)), two))
+    assert cells_of(report, "What made it worse", "optimizations") == ["`fp16+context_parallel_ring` (each of 2 GPUs)"]
 
 
 def needing(mib: int) -> dict[str, Any]:
@@ -408,6 +413,21 @@ def test_no_record_at_all_still_makes_a_document(tmp_path: Path) -> None:
     assert not list((tmp_path / "charts").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"unified_memory": False}, ""),
+        ({"unified_memory": True}, "GPU and host share one memory"),
+        ({"spills": "WSL"}, "Windows may move GPU memory to the host"),
+    ],
+)
+def test_a_machine_whose_memory_means_something_else_is_remarked(facts: dict[str, Any], said: str) -> None:
+    report = a_report(a_run(record(), environment={**H100, **facts}), a_run(record(), path="other.json"))
+    text = markdown(report)
+    assert [row[-1] for row in tables(text)["Runs"][2:]] == [said, ""]
+    assert (f"**{said}**: " in text) is bool(said)  # how to read it
+
+
 def test_refused_records_are_named_with_their_run() -> None:
     report = a_report(a_run(record(), refused=("sdxl/fp16/1024x1024/b4: need_bytes is above",)))
     assert re.search(r"^- R1: sdxl/fp16/1024x1024/b4: need", markdown(report), re.MULTILINE)
@@ -426,6 +446,15 @@ def test_a_limit_checks_the_verdict(status: str, limit: int, agree: bool) -> Non
     assert said["agree"].lower() == ("yes" if agree else "no")
     assert (said["expected"] == said["found"]) is agree
     assert len(cells_of(report, "sdxl", "required GiB")) == 1, "a check says no need"
+
+
+def test_a_limit_checks_what_another_gpu_or_an_estimate_says() -> None:
+    limited = a_run(record(case={"limit_bytes": 13000 * MIB}, id="limited"), environment={"gpu": "NVIDIA H200"})
+    for known, said in ((a_run(record()), ""), (a_run(estimate(), environment={"torch": "2.11.0"}), r"\~")):
+        header, _, row = tables(markdown(a_report(known, limited)))["Verdicts that were checked"]
+        found = dict(zip(header, row, strict=True))
+        assert found["required GiB"].startswith(said + "12."), found
+        assert found["agree"] == "yes"
 
 
 # Names that mean harm

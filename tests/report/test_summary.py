@@ -77,6 +77,12 @@ def test_a_measured_row_without_its_need_shows_the_estimate_and_the_measured_con
     assert row(record(memory={**unsearched, "context_bytes": None})).split()[4] == "~12.47"
 
 
+def test_what_disturbed_a_case_is_said() -> None:
+    assert "disturbed: pid 1" in first_column(record(disturbed="pid 1"))
+    assert "\x1b" not in summary([record(disturbed="\x1b[2J")], {})
+    assert not any("disturbed" in text for text in first_column(OK))
+
+
 def test_an_error_shows_no_figure_that_it_has_not() -> None:
     assert row(RECORDS["error"]).split()[4:] == ["–"] * 8
 

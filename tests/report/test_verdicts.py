@@ -335,6 +335,9 @@ def taken(evidence: Evidence, on: Card) -> tuple[str, str]:
     return verdict.choice.name, verdict.outcome
 
 
+DROPPED = "fp16+text_encoders_dropped"
+EXACT = "fp16+vae_tiling+vae_slicing"
+EXACT = "fp16+vae_tiling+vae_slicing"
 FAST, SLOW, TINY = (
     measured("fp16", 20 * GIB, 1.0),
     measured("fp16+vae_tiling", 12 * GIB, 2.5),
@@ -373,11 +376,28 @@ def test_of_tight_ones_the_fastest_without_room_is_taken() -> None:
         ([measured("fp16+a", 5 * GIB, 1.0), measured("fp32", 9 * GIB, 1.0)], "fp32"),
         ([measured("fp16", seconds=None), measured("fp16+a", seconds=50.0)], "fp16+a"),
         ([measured("fp16+a", 8 * GIB, seconds=None), measured("fp16+b", 7 * GIB, seconds=None)], "fp16+b"),
+        ([measured("fp16+tiny_vae", 5 * GIB), measured("fp16+vae_tiling+vae_slicing", 8 * GIB)], EXACT),
+        ([measured("fp16+tiny_vae", seconds=1.0), measured(EXACT, seconds=SAME_TIME + 0.01)], "fp16+tiny_vae"),
+        (
+            [measured(s, seconds=None) for s in ("fp16+tiny_vae", "fp16+text_encoders_dropped")],
+            "fp16+text_encoders_dropped",
+        ),
+        ([measured(s, seconds=None) for s in ("fp16+tiny_vae", "fp16+sequential_offload")], "fp16+tiny_vae"),
     ],
 )
 def test_of_those_as_fast_fewest_flags_then_least_memory_then_the_fastest(records: list[Record], expected: str) -> None:
     for order in (records, records[::-1]):
         assert taken(of(*order), card(40 * GIB)) == (expected, "fits")
+
+
+def test_what_is_no_slower_than_one_that_is_as_fast_is_as_fast() -> None:
+    """The GPU decides the times of two, which then tell; the host that of the third, which does not."""
+    on_gpu = {"gpu_lag_s": 9.0}
+    compiled = measured("fp16+compile_blocks", seconds=3.8, time=on_gpu)
+    plain = measured("fp16", seconds=5.0, time=on_gpu)
+    quantized = measured("fp16+int8_weight_only", 5 * GIB, seconds=6.7)
+    assert taken(of(compiled, plain), card(40 * GIB))[0] == "fp16+compile_blocks"
+    assert taken(of(compiled, plain, quantized), card(40 * GIB))[0] == "fp16"
 
 
 def test_the_time_that_counts_is_that_of_the_full_length() -> None:

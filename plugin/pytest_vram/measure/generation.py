@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pytest_vram.measure.worker import Reporter
 from pytest_vram.pipelines.optimizations.compiling import compile_seconds
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
+MOST_REPEATED = 1  # times as many rounds again, at most, in place of those that ran on a throttled GPU
 PROBE_STEPS = 2  # memory is the same in every step: the second has whatever the first leaves behind
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE)
@@ -118,14 +120,11 @@ class _Generation:
         gc.freeze()  # what is alive now stays: later collections need not walk it
         self.reporter.send("rounds", count=rounds, pilot_s=pilot_s, found={**self.totals(), **self.found})
         began, compiled_s = time.perf_counter(), compile_seconds()
-        durations = []
-        for index in range(rounds):
-            durations.append(self.call(pipe, keep_output=index == rounds - 1))
-            self.reporter.send("round", index=index)
+        durations = self.rounds(pipe, rounds)
         self.found["rounds_wall_s"] = time.perf_counter() - began
         self.found["compiled_again_s"] = compile_seconds() - compiled_s
         self.found["rounds"] = durations
-        self.found["gpu_lag_s"] = max(0.0, statistics.median(self.lags[-rounds:]))
+        self.found["gpu_lag_s"] = max(0.0, statistics.median(self.lags[-len(durations) :]))
         self.found["denoiser_calls"] = self.phases.denoiser_calls
         self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe, self.phases.denoiser_calls)
         self.found["native_steps"] = self.subject.native_steps
@@ -137,6 +136,27 @@ class _Generation:
                 save_images(self.output, Path(self.job["save_images"]), self.job["id"])
             except Exception as error:  # the measurement is not lost for it
                 self.found["images_error"] = f"{type(error).__name__}: {error}"
+
+    def rounds(self, pipe: Any, asked: int) -> list[dict[str, float]]:
+        """Seconds by phase of each round: those asked for, and as many again as ran on a throttled GPU, within bounds.
+
+        The pytest process, which watches the GPU, is asked after each batch, so that no round waits for an answer.
+        """
+        durations: list[dict[str, float]] = []
+        began, most = time.monotonic(), asked * (1 + MOST_REPEATED)
+        batch = asked
+        while batch > 0:
+            self.output = None  # an output that is held would take room beside the next
+            for number in range(batch):
+                durations.append(self.call(pipe, keep_output=number == batch - 1))
+                self.reporter.send("round", index=len(durations) - 1)
+            throttled = self.reporter.ask("rounds_over")["throttled"]
+            each_s = (time.monotonic() - began) / len(durations)
+            lost = [int(index in throttled) for index in range(len(durations))]
+            *lost, no_room = _highest([*lost, -self.rounds_left(each_s)])
+            batch = min(asked + sum(lost), most) - len(durations)
+            batch = min(batch, -no_room)
+        return durations
 
     def set_compilation_apart(self) -> None:
         """A call that compiled takes more memory than the next: kernels are tried out in it."""
@@ -158,8 +178,11 @@ class _Generation:
         """As many rounds as the budget has, from 5 to 30, but no more than end before the timeout."""
         budget_s: float = self.job["round_budget_s"]
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(budget_s / pilot_s)))
-        left_s = 0.8 * (self.deadline - time.monotonic())
-        return max(1, min(rounds, int(left_s / pilot_s)))
+        return max(1, min(rounds, self.rounds_left(pilot_s)))
+
+    def rounds_left(self, each_s: float) -> int:
+        """How many rounds end before the timeout, with some time to spare."""
+        return max(0, int(0.8 * (self.deadline - time.monotonic()) / each_s))
 
     def call(self, pipe: Any, steps: int | None = None, keep_output: bool = False) -> dict[str, float]:
         """One call from prompts to pixels: seconds by phase."""
@@ -234,6 +257,15 @@ def _agreed(rounds: int) -> int:
     said = torch.tensor([rounds], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
     torch.distributed.broadcast(said, 0)
     return int(said)
+
+
+def _highest(numbers: Sequence[int]) -> list[int]:
+    """Each the highest that any of the processes that run a pipeline together says; all of them must come here."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(numbers)
+    said = torch.tensor(numbers, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+    return [int(number) for number in said.tolist()]
 
 
 def out_of_memory(error: BaseException | None) -> bool:

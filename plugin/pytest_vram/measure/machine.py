@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pytest_vram.measure import nvml
 from pytest_vram.measure.channel import Closed
 from pytest_vram.measure.environment import hidden
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, ForkServer, Spawner, Starter
+from pytest_vram.measure.locking import Locks, NotLocked, lock_gpus, visible_gpus
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 
 Device = Literal["meta", "cpu", "cuda"]
@@ -44,6 +46,7 @@ class Machine:
     context_bytes: int = ASSUMED_CONTEXT_BYTES
     cannot: dict[str, str] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))  # as workers have it
+    locks: Locks | None = None
 
     def baseline(self, number: int = 0) -> int:
         """Bytes in use on this of the `gpus` before a case, once the last worker's memory is free again."""
@@ -52,9 +55,14 @@ class Machine:
             return 0
         deadline = time.monotonic() + SETTLE_S
         idle = int(self.facts.get("gpu_idle_bytes") or 0) if number == 0 else self.others_idle[number - 1]
-        while (used := gpu.used_bytes() or 0) > idle + SETTLED_BYTES and time.monotonic() < deadline:
+        while (used := gpu.used_bytes()) is not None and used > idle + SETTLED_BYTES and time.monotonic() < deadline:
             time.sleep(0.01)
-        return used
+        return idle if used is None else used
+
+    @property
+    def spills(self) -> bool:
+        """Whether the driver may put GPU memory into host memory, where another would say that there is no more."""
+        return bool(self.facts.get("spills"))
 
     @property
     def gpus(self) -> list[nvml.Gpu | None]:
@@ -62,7 +70,10 @@ class Machine:
         return [self.gpu, *self.others]
 
     def close(self) -> None:
+        """End the workers, then let others have the GPU."""
         self.starter.close()
+        if self.locks:
+            self.locks.close()
 
 
 def preload(models: Iterable[Model]) -> list[str]:
@@ -76,48 +87,85 @@ def preload(models: Iterable[Model]) -> list[str]:
 
 
 def start_machine(
-    device: Device, models: Iterable[Model], *, allow_shared: bool, name_host: bool, say: Callable[[str], None]
+    device: Device,
+    models: Iterable[Model],
+    *,
+    allow_shared: bool,
+    name_host: bool,
+    say: Callable[[str], None],
+    tell: Callable[[str], None] | None = None,
+    gpus: int | None = None,
 ) -> Machine:
-    """Start what `device` needs.
+    """Start what `device` needs. `say` shows a passing line, `tell` (else `say`) one that stays.
+
+    Of GPUs the first `gpus` are used, or all: they are locked before anything runs on them or beside them, until the
+    machine is closed.
 
     Raises:
         UsageError: no GPU, a GPU in use by others, or libraries that cannot be imported.
     """
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         raise UsageError("torch or diffusers is not installed: pip install torch diffusers transformers accelerate")
-    if device == "cuda":
-        _refuse_without_driver()
-    say("importing torch and diffusers")
-    models = list(models)
-    starter: Starter
+    tell = tell or say
+    with contextlib.ExitStack() as started:
+        locks = None
+        if device == "cuda":
+            _refuse_without_driver()
+            locks = _locked(visible_gpus(gpus), started, tell)
+        say("importing torch and diffusers")
+        models = list(models)
+        try:
+            server = ForkServer(preload(models))
+            started.callback(server.close)
+            _check(models, server)
+        except StartError as error:
+            raise UsageError(str(error)) from error
+        machine = Machine(device, server)
+        if device == "cuda":
+            try:
+                machine = _on_gpus(server, name_host)
+                if locks and not locks.cover(machine.uuids[:gpus]):  # CUDA counts them in another order
+                    locks.close()
+                    locks = _locked([gpu for gpu in machine.gpus[:gpus] if gpu], started, tell)
+                    machine = _on_gpus(machine.starter, name_host)
+                machine.locks = locks
+                if not allow_shared:
+                    _refuse_shared(machine.gpus[:gpus])
+            except StartError as error:
+                raise UsageError(f"--gpu: {error}") from error
+        started.pop_all()
+    return machine
+
+
+def _locked(
+    gpus: Sequence[nvml.Gpu] | None, started: contextlib.ExitStack, tell: Callable[[str], None]
+) -> Locks | None:
     try:
-        starter = ForkServer(preload(models))
-        _check(models, starter)
-    except StartError as error:
-        raise UsageError(str(error)) from error
-    if device != "cuda":
-        return Machine(device, starter)
-    try:
-        machine = _with_gpu(starter, name_host)
-        if machine is None:
-            starter.close()
-            starter = Spawner()
-            machine = _with_gpu(starter, name_host)
-        if machine is None:
-            raise UsageError("--gpu: a worker process could not use CUDA; `pytest-vram doctor` says what is missing")
-        if not allow_shared:
-            _refuse_shared(machine)
-    except StartError as error:
+        locks = lock_gpus(gpus, tell)
+    except NotLocked as error:
+        tell(f"the GPU is not locked, another sweep may start beside this one: {error}")
+        return None
+    started.callback(locks.close)
+    return locks
+
+
+def _on_gpus(starter: Starter, name_host: bool) -> Machine:
+    """The machine as a canary found it: of this starter, or spawned where that cannot use CUDA.
+
+    Raises:
+        UsageError: where neither can.
+    """
+    machine = _with_gpu(starter, name_host)
+    if machine is None and starter.name != "spawn":
         starter.close()
-        raise UsageError(f"--gpu: {error}") from error
-    except BaseException:
-        starter.close()
-        raise
+        machine = _with_gpu(Spawner(), name_host)
+    if machine is None:
+        raise UsageError("--gpu: a worker process could not use CUDA; `pytest-vram doctor` says what is missing")
     return machine
 
 
 def _check(models: Sequence[Model], starter: Starter) -> None:
-    """Raises UsageError where an architecture cannot be built; the server is gone then."""
+    """Raises UsageError where an architecture cannot be built."""
     if not models:
         return
     worker = starter.start(CHECK, PRELOAD_ENVIRON)
@@ -129,7 +177,6 @@ def _check(models: Sequence[Model], starter: Starter) -> None:
     finally:
         worker.kill()
     if answer is None or answer["problem"]:
-        starter.close()
         raise UsageError((answer or {}).get("problem") or f"the check of models took over {CHECK_TIMEOUT_S:g} s")
 
 
@@ -162,22 +209,27 @@ def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
             "compute_capability": answer["capability"],
             "cuda": answer["cuda"],
             "cudnn": answer["cudnn"],
+            "unified_memory": answer["integrated"],
         }
         with contextlib.suppress(nvml.NvmlUnavailable):
             machine.gpu = nvml.gpu_by_uuid(answer["uuid"])
         machine.uuids = answer["uuids"]
         machine.others = [_gpu(uuid) for uuid in machine.uuids[1:]]
         machine.others_idle = [(gpu.used_bytes() or 0) if gpu else 0 for gpu in machine.others]
+        if spills := _spills(machine.gpu):
+            machine.facts["spills"] = spills
         if machine.gpu is None:
             why = "NVML does not know this GPU"
-            machine.cannot = {f"memory.{key}": why for key in ("nvml_process_peak_bytes", "nvml_device_peak_bytes")}
+            keys = ("memory.nvml_process_peak_bytes", "memory.nvml_device_peak_bytes")
+            machine.cannot = dict.fromkeys((*keys, "energy_j_per_image", "telemetry"), why)
             return machine
         held = machine.gpu.processes().get(worker.pid)
         in_use = machine.gpu.used_bytes()
+        with contextlib.suppress(nvml.NvmlUnavailable):
+            machine.facts["driver"] = nvml.driver_version()
         machine.facts |= {
-            "driver": nvml.driver_version(),
             "power_limit_w": machine.gpu.power_limit_w(),
-            "mig": machine.gpu.mig(),
+            "mig": machine.gpu.mig() if machine.gpu.whole() is None else True,
         }
     except Closed:
         return None
@@ -190,6 +242,13 @@ def _with_gpu(starter: Starter, name_host: bool) -> Machine | None:
     if held and held > answer["reserved_bytes"]:
         machine.context_bytes = held - answer["reserved_bytes"]
     return machine
+
+
+def _spills(gpu: nvml.Gpu | None) -> str | None:
+    """What of Windows, whose driver model may move GPU memory to the host, runs this GPU: `WSL`, `WDDM`, or None."""
+    if "microsoft" in platform.release().lower():  # 5.15.153.1-microsoft-standard-WSL2
+        return "WSL"
+    return "WDDM" if gpu is not None and gpu.driver_model() == "WDDM" else None
 
 
 def _gpu(uuid: str) -> nvml.Gpu | None:
@@ -211,10 +270,13 @@ def _idle_bytes(gpu: nvml.Gpu, gone: int) -> int | None:
     return last
 
 
-def _refuse_shared(machine: Machine) -> None:
-    others = machine.gpu.processes() if machine.gpu else {}
+def _refuse_shared(gpus: Iterable[nvml.Gpu | None]) -> None:
+    others: dict[int, int] = {}
+    for gpu in filter(None, gpus):
+        for pid, used in gpu.processes().items():
+            others[pid] = others.get(pid, 0) + (used or 0)
     if others:
-        held = sum(used or 0 for used in others.values()) / 2**30
+        held = sum(others.values()) / 2**30
         pids = ", ".join(str(pid) for pid in sorted(others))
         raise UsageError(
             f"--gpu: other processes use this GPU (pid {pids}, {held:.1f} GiB) and would be measured too: "

@@ -18,11 +18,12 @@ from pytest_vram.measure.exactness import NoReference, References
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
-from pytest_vram.measure.recording import WorkerRun, record_of, skipped, with_exactness, with_need, without_need
+from pytest_vram.measure.recording import record_of, skipped, with_exactness, with_need, with_others, without_need
+from pytest_vram.measure.runs import WorkerRun
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.pipelines.optimizations import chosen, gpus_of, impossible
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
-from pytest_vram.records.schema import NOT_SEARCHED, Failure, GpuMemory, Record, Wall
+from pytest_vram.records.schema import NOT_SEARCHED, Failure, GpuMemory, Record, Wall, above_the_card
 
 FOLLOW_S = 30.0  # until the workers beside the first have reported, too
 GENERATION = "pytest_vram.measure.generation:run"
@@ -116,7 +117,8 @@ def _measured(
         assert record.wall
         need_s = time.monotonic() - searched
         wall = {"total_s": record.wall.total_s + need_s, "need_s": need_s, "probes": measurer.probes}
-        return record.model_copy(update={"wall": record.wall.model_copy(update=wall)})
+        found = record.model_copy(update={"wall": record.wall.model_copy(update=wall)})
+        return with_others(found, measurer.others)
 
     try:
         needs = measurer.needs(record, estimated)
@@ -162,6 +164,7 @@ class CaseWorkers:
         self.gpus = gpus_of(case.optimizations)
         self.processes = any(optimization.processes for optimization in chosen(case.optimizations))
         self.probes = 0
+        self.others: set[int] = set()  # processes that were seen on the GPU beside a worker
         self._room = 0
         self._capped = list(range(self.gpus))  # of the GPUs those whose allocator gets the cap
         self._swallows: bool | None = None  # whether the pipeline is known to turn an out-of-memory into another error
@@ -234,6 +237,8 @@ class CaseWorkers:
             raise NoNeed("the case did not complete")
         if not self.settings.need:
             raise NoNeed(NOT_SEARCHED)
+        if self.machine.memory_bytes and above_the_card(record, self.machine.memory_bytes):
+            raise NoNeed("the case took more than the GPU has: Windows moved memory to the host")
         if any(optimization.trained for optimization in chosen(self.case.optimizations)):
             raise NoNeed("a cache grows for more steps than a probe takes")
         if self.gpus > 1 and not self.processes:
@@ -317,6 +322,7 @@ class CaseWorkers:
         finally:
             run.output_tail = worker.output_tail()
             worker.kill()
+            self.others |= run.others
         return run
 
     def _run_together(self, environ: dict[str, str], cap: int | None, job: Message) -> WorkerRun:
@@ -362,12 +368,14 @@ class CaseWorkers:
                 one.worker.kill()
             for thread in threads:
                 thread.join()
+            self.others |= {pid for one in begun for pid in one.run.others}
 
     def _begin(self, environ: dict[str, str], gpus: Sequence[int], job: Message) -> "_Conversation | WorkerRun":
         """A new worker that uses these GPUs; a failed run where none could be started."""
         machine, settings = self.machine, self.settings
         interval_s = None if job else settings.interval_s  # what is not timed need not be sampled
-        samplers = [Sampler(machine.gpus[gpu] if interval_s else None, -1, machine.baseline(gpu)) for gpu in gpus]
+        watched = [(machine.gpus[gpu] if settings.interval_s else None, machine.baseline(gpu)) for gpu in gpus]
+        samplers = [Sampler(gpu, -1, idle, frozenset(gpu.processes() if gpu else ())) for gpu, idle in watched]
         began = time.monotonic()
         try:
             worker = machine.starter.start(settings.task, environ)
@@ -408,13 +416,12 @@ class _Conversation:
 
     def hold(self, cap: int | None, capped: Sequence[int]) -> None:
         """`cap` is for PyTorch's allocator on the GPUs `capped`, in bytes. Raises Closed when the worker dies."""
-        channel, sampler = self.worker.channel, self.run.sampler
+        channel, samplers = self.worker.channel, [run.sampler for run in (self.run, *self.run.peers)]
         while not self.run.outcome:
             message = channel.receive(self.interval_s or 0.5)
             if self.interval_s:
-                sampler.sample(states=self.rounds is not None)
-                for peer in self.run.peers:
-                    peer.sampler.sample()
+                for sampler in samplers:
+                    sampler.sample(states=self.rounds is not None)
             if lost := next((o.run for o in self.others if o.run.outcome and not o.run.done), None):
                 self.run.outcome = dict(lost.outcome)  # this one would wait for it
                 return
@@ -431,9 +438,21 @@ class _Conversation:
             elif event == "rounds":
                 self.rounds, self.found = message["count"], message["found"]
                 self.say(f"{self.rounds} rounds of about {message['pilot_s']:.2f} s")
+                for sampler in samplers:
+                    sampler.begin_batch()
             elif event == "round":
-                self.run.telemetry.append(sampler.end_round())
-                self.say(f"round {message['index'] + 1} of {self.rounds}")
+                for sampler in samplers:
+                    sampler.end_round()
+                self.say(f"round {message['index'] + 1} of {max(self.rounds or 0, message['index'] + 1)}")
+            elif event == "rounds_over":
+                for sampler in samplers:
+                    sampler.end_batch()
+                throttled = sorted(self.run.throttled)
+                if throttled:
+                    self.say(f"{len(throttled)} rounds ran on a throttled GPU")
+                for sampler in samplers:
+                    sampler.begin_batch()  # of those that are repeated
+                channel.send({"throttled": throttled})
             else:
                 self._finish(message)
 
@@ -441,7 +460,9 @@ class _Conversation:
         """The worker waits, holding all it held: the moment to see what is outside the allocator."""
         first, *more = message.get("gpus") or [message]
         for run, figures in zip((self.run, *self.run.peers), (first, *more), strict=False):
-            if self.interval_s:
+            if self.interval_s is None:
+                run.sampler.look_around()
+            else:
                 run.sampler.sample()
                 run.context = run.sampler.held_outside(figures.get("reserved_bytes") or 0)
             run.outcome = {"event": message["event"], **figures}

@@ -1,4 +1,7 @@
-"""NVML: what the driver says of a GPU and its processes. The one module that imports pynvml; it changes no setting."""
+"""NVML: what the driver says of a GPU and its processes. The one module that imports pynvml; it changes no setting.
+
+An answer that cannot be true is none: drivers say "not available" as the highest number there is, and some say 0.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -22,6 +25,11 @@ THROTTLE_REASONS = {
     0x100: "display_clock_setting",
 }
 
+NOT_AVAILABLE = (0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)  # nvml.h, NVML_VALUE_NOT_AVAILABLE of 32 and 64 bits
+MOST_CELSIUS = 150  # GPUs shut down near 100
+MOST_MHZ = 10_000
+MOST_W = 10_000
+
 
 class NvmlUnavailable(VramError):
     """NVML is not there, or does not know the GPU."""
@@ -34,7 +42,7 @@ class State:
     sm_clock_mhz: int | None
     temperature_c: int | None
     power_w: float | None
-    throttle: tuple[str, ...]
+    throttle: tuple[str, ...] | None
 
 
 def _read(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +50,13 @@ def _read(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with contextlib.suppress(pynvml.NVMLError):
         return function(*args, **kwargs)
     return None
+
+
+def _within(answer: Any, least: int, most: int) -> int | None:
+    """The answer where it is a number from `least` to `most`."""
+    if not isinstance(answer, int) or answer in NOT_AVAILABLE or not least <= answer <= most:
+        return None
+    return answer
 
 
 def _start() -> None:
@@ -54,13 +69,19 @@ def _start() -> None:
 def driver_version() -> str:
     """Raises NvmlUnavailable without a driver."""
     _start()
-    return str(pynvml.nvmlSystemGetDriverVersion())
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError as error:
+        raise NvmlUnavailable(f"the NVIDIA driver does not tell its version ({error})") from error
 
 
 def gpus() -> list["Gpu"]:
     """All GPUs of this machine; raises NvmlUnavailable without a driver."""
     _start()
-    return [Gpu(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    try:
+        return [Gpu(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as error:
+        raise NvmlUnavailable(f"the NVIDIA driver does not tell its GPUs ({error})") from error
 
 
 def gpu_by_uuid(uuid: str) -> "Gpu":
@@ -92,13 +113,32 @@ class Gpu:
 
     def used_bytes(self) -> int | None:
         """Memory in use on the whole device."""
-        info = _read(pynvml.nvmlDeviceGetMemoryInfo, self._handle, **self._memory)
-        return None if info is None else int(info.used)
+        memory = self._bytes()
+        return memory and memory[0]
 
     def total_bytes(self) -> int | None:
         """Memory of the device."""
+        memory = self._bytes()
+        return memory and memory[1]
+
+    def _bytes(self) -> tuple[int, int] | None:
+        """Used and total; None where they cannot be true."""
         info = _read(pynvml.nvmlDeviceGetMemoryInfo, self._handle, **self._memory)
-        return None if info is None else int(info.total)
+        total = None if info is None else _within(info.total, 1, 1 << 50)
+        used = None if total is None else _within(info.used, 0, total)
+        return None if total is None or used is None else (used, total)
+
+    def uuid(self) -> str | None:
+        """As nvidia-smi -L shows it: `GPU-…`, of a MIG instance `MIG-…`."""
+        found = _read(pynvml.nvmlDeviceGetUUID, self._handle)
+        return None if found is None else str(found)
+
+    def whole(self) -> "Gpu | None":
+        """The GPU that a MIG instance is a part of; None for a GPU that is whole."""
+        if not _read(pynvml.nvmlDeviceIsMigDeviceHandle, self._handle):
+            return None
+        handle = _read(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, self._handle)
+        return None if handle is None else Gpu(handle)
 
     def compute_capability(self) -> tuple[int, int] | None:
         """Its major and minor version."""
@@ -108,26 +148,47 @@ class Gpu:
     def processes(self) -> dict[int, int | None]:
         """Bytes by pid of the processes that compute here; None where the driver does not say how much."""
         found = _read(pynvml.nvmlDeviceGetComputeRunningProcesses, self._handle) or []
-        return {process.pid: process.usedGpuMemory for process in found}
+        memory = self._bytes() if found else None
+        most = memory[1] if memory else 1 << 50
+        return {process.pid: _within(process.usedGpuMemory, 1, most) for process in found}
 
     def state(self) -> State:
         """Clock, temperature, power and throttle reasons now."""
         handle = self._handle
-        power_mw = _read(pynvml.nvmlDeviceGetPowerUsage, handle)
-        names = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
-        answers = (_read(function, handle) for name in names if (function := getattr(pynvml, name, None)))
-        reasons = next((answer for answer in answers if answer is not None), 0)  # an older driver knows the older name
+        power_mw = _within(_read(pynvml.nvmlDeviceGetPowerUsage, handle), 1, MOST_W * 1000)
+        clock = _read(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM)
+        temperature = _read(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
+        reasons = self._throttle_reasons()
         return State(
-            sm_clock_mhz=_read(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-            temperature_c=_read(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+            sm_clock_mhz=_within(clock, 1, MOST_MHZ),
+            temperature_c=_within(temperature, 1, MOST_CELSIUS),
             power_w=None if power_mw is None else power_mw / 1000,
-            throttle=tuple(name for bit, name in THROTTLE_REASONS.items() if reasons & bit),
+            throttle=None
+            if reasons is None
+            else tuple(name for bit, name in THROTTLE_REASONS.items() if reasons & bit),
         )
+
+    def _throttle_reasons(self) -> int | None:
+        names = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+        answers = (_read(function, self._handle) for name in names if (function := getattr(pynvml, name, None)))
+        found = next((answer for answer in answers if answer is not None), None)  # older drivers know the older name
+        return _within(found, 0, 1 << 63)
 
     def power_limit_w(self) -> float | None:
         """The enforced power limit."""
-        limit = _read(pynvml.nvmlDeviceGetEnforcedPowerLimit, self._handle)
+        limit = _within(_read(pynvml.nvmlDeviceGetEnforcedPowerLimit, self._handle), 1, MOST_W * 1000)
         return None if limit is None else limit / 1000
+
+    def energy_mj(self) -> int | None:
+        """Millijoules that the board has taken since the driver was loaded; from Volta on."""
+        return _within(_read(pynvml.nvmlDeviceGetTotalEnergyConsumption, self._handle), 1, 1 << 63)
+
+    def driver_model(self) -> str | None:
+        """On Windows `WDDM`, `WDM` (also called TCC) or `MCDM`; None elsewhere."""
+        found = _read(pynvml.nvmlDeviceGetDriverModel, self._handle)
+        current = found[0] if isinstance(found, (list, tuple)) else found
+        names = {0: "WDDM", 1: "WDM", 2: "MCDM"}  # nvml.h, nvmlDriverModel_t; older bindings lack the last
+        return names.get(current) if isinstance(current, int) else None
 
     def mig(self) -> bool | None:
         """Whether MIG is on; None where the GPU has none."""

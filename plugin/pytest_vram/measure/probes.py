@@ -37,6 +37,7 @@ def canary(job: Message, reporter: Reporter) -> None:
         "available",
         name=properties.name,
         memory_bytes=properties.total_memory,
+        integrated=bool(properties.is_integrated),
         uuid=str(properties.uuid),
         uuids=[str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(torch.cuda.device_count())],
         capability=f"{properties.major}.{properties.minor}",

@@ -2,21 +2,20 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from pytest_vram.cases.case import AnyCase, Case
 from pytest_vram.measure.channel import Message
+from pytest_vram.measure.energy import energy_per_image
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import Need
-from pytest_vram.measure.sampling import Sampler
+from pytest_vram.measure.readings import nvml_memory, process_peak, untold
+from pytest_vram.measure.runs import WorkerRun
 from pytest_vram.pipelines.optimizations import claims_exact
 from pytest_vram.records.schema import (
-    ABNORMAL,
-    NVML_SLACK_BYTES,
     Exactness,
     Failure,
     GpuMemory,
@@ -24,7 +23,6 @@ from pytest_vram.records.schema import (
     Phase,
     PhaseCost,
     Record,
-    RoundTelemetry,
     Telemetry,
     Time,
     Wall,
@@ -41,27 +39,14 @@ NEED_FIELDS = (
 )
 
 
-@dataclass
-class WorkerRun:
-    """What one worker reported. `peers` are the same for the other GPUs that the case takes."""
-
-    outcome: Message
-    sampler: Sampler
-    peers: "list[WorkerRun]" = field(default_factory=list)
-    telemetry: list[RoundTelemetry] = field(default_factory=list)
-    context: int | None = None
-    output_tail: str = ""
-
-    @property
-    def done(self) -> bool:
-        return self.outcome.get("event") == "done"
-
-
 def record_of(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: float, common: dict[str, Any]) -> Record:
     """The record; where the figures cannot be true it says so instead of showing them."""
     try:
         record = _found(case, machine, runs, seconds, common)
         problem = above_the_card(record, machine.memory_bytes) if machine.memory_bytes else None
+        if problem and machine.spills:
+            said = f"{problem}: Windows moved memory to the host"
+            return record.model_copy(update={"disturbed": "; ".join(filter(None, [record.disturbed, said]))})
     except ValidationError as error:
         places = (".".join(str(part) for part in e["loc"]) for e in error.errors())
         messages = (e["msg"].removeprefix("Value error, ") for e in error.errors())
@@ -82,7 +67,7 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
         **common,
         "status": "ok" if done else outcome["status"],
         "memory": memory,
-        "gpus": _gpus(runs[-1]),
+        "gpus": _gpus(machine, runs[-1]),
         "phases": _phases(runs),
         "effects": outcome.get("effects", {}),
         "telemetry": Telemetry(rounds=[state for run in runs for state in run.telemetry]),
@@ -96,9 +81,12 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
     }
     if done and all(run.outcome["rounds"] for run in runs):
         fields["time"] = _time(case, machine.device, runs)
-        if any(run.telemetry and all(ABNORMAL & set(s.throttle) for s in run.telemetry) for run in runs):
+        if any(len(run.throttled) == len(run.outcome["rounds"]) for run in runs):
             throttled = "every round of a worker ran on a throttled GPU"
             fields["disturbed"] = "; ".join(filter(None, [fields["disturbed"], throttled]))
+        fields["energy_j_per_image"], why = energy_per_image(machine, runs)
+        unavailable |= {"energy_j_per_image": why} if why else {}
+        unavailable |= untold(machine, runs)
         own = "it is not known of a pipeline of one's own"
         if fields["time"].full_length_s is None:
             unsaid = "the scheduler does not say how often it calls the denoiser"
@@ -107,7 +95,7 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
         if "images_error" in outcome:
             unavailable["images"] = f"not saved: {without_paths(outcome['images_error'])}"
     elif not done:
-        unavailable["time"] = f"no round was completed: {fields['status']}"
+        unavailable["time"] = unavailable["energy_j_per_image"] = f"no round was completed: {fields['status']}"
         fields["failure"] = Failure(
             phase=outcome.get("phase"),
             requested_bytes=outcome.get("requested_bytes"),
@@ -186,11 +174,10 @@ def without_need(record: Record, reason: str) -> Record:
 
 
 def _memory(machine: Machine, runs: list[WorkerRun]) -> tuple[Memory, dict[str, str]]:
-    outcome, sampler = runs[-1].outcome, runs[-1].sampler
+    outcome = runs[-1].outcome
     unavailable = {
         **machine.cannot,
         "memory.estimated_need_bytes": "not estimated",
-        "energy_j_per_image": "not measured",
     }
 
     every = [one for run in runs for one in (run, *run.peers)]
@@ -199,44 +186,29 @@ def _memory(machine: Machine, runs: list[WorkerRun]) -> tuple[Memory, dict[str, 
         return max((run.outcome.get(key) or 0 for run in every), default=0) or None
 
     reserved = most("reserved_peak_bytes")
-    process = max((run.sampler.process_peak or 0 for run in every), default=0) or None
-    device = max((run.sampler.device_peak or 0 for run in every), default=0) or None
-    context = max((run.context or 0 for run in every), default=0) or None
     if machine.device == "cpu":
         counted = ("allocated_peak_bytes", "reserved_peak_bytes", "alloc_retries")
         for key in (*counted, "nvml_process_peak_bytes", "nvml_device_peak_bytes"):
             unavailable[f"memory.{key}"] = "the CPU has no allocator statistics; host_peak_bytes is the process's RSS"
         unavailable["memory.context_bytes"] = "there is no GPU context on the CPU"
-    elif sampler.gpu is not None and process is None:
-        unavailable["memory.nvml_process_peak_bytes"] = (
-            "NVML lists no process with the worker's pid (so in some containers, under MIG and on WSL); "
-            "nvml_device_peak_bytes is the device less its idle baseline"
-        )
-    if process is not None and reserved is not None and process + NVML_SLACK_BYTES < reserved:
-        unavailable["memory.nvml_process_peak_bytes"] = (
-            f"NVML's highest reading, {process}, is below what PyTorch had reserved: the peak fell between two samples"
-        )
-        process = None
+    nvml, reasons = nvml_memory(machine, runs, reserved)
+    unavailable |= reasons
     memory = Memory(
         weights_bytes=outcome.get("weights_bytes"),
         allocated_peak_bytes=most("allocated_peak_bytes"),
         reserved_peak_bytes=reserved,
-        nvml_process_peak_bytes=process,
-        nvml_device_peak_bytes=device,
-        context_bytes=context,
+        **nvml,
         host_peak_bytes=most("host_peak_bytes"),
         alloc_retries=outcome.get("alloc_retries"),
     )
     missing = "the worker did not get so far" if outcome["event"] != "done" else "it was not reported"
-    if outcome["event"] == "done" and machine.device != "cpu" and sampler.gpu is None:
-        missing = machine.cannot.get("memory.nvml_process_peak_bytes", "NVML was not sampled")
     for key, value in memory.model_dump().items():
         if value is None and key != "estimated_allocated_peak_bytes":
             unavailable.setdefault(f"memory.{key}", missing)
     return memory, unavailable
 
 
-def _gpus(run: WorkerRun) -> list[GpuMemory]:
+def _gpus(machine: Machine, run: WorkerRun) -> list[GpuMemory]:
     """What each GPU held, where the case takes several."""
     if not run.peers:
         return []
@@ -245,7 +217,7 @@ def _gpus(run: WorkerRun) -> list[GpuMemory]:
         GpuMemory(
             allocated_peak_bytes=figures.get("allocated_peak_bytes"),
             reserved_peak_bytes=figures.get("reserved_peak_bytes"),
-            nvml_process_peak_bytes=one.sampler.process_peak,
+            nvml_process_peak_bytes=process_peak(machine, [one], figures.get("reserved_peak_bytes"))[0],
             context_bytes=one.context,
         )
         for one, figures in zip((run, *run.peers), (firsts, *(peer.outcome for peer in run.peers)), strict=True)
@@ -253,8 +225,8 @@ def _gpus(run: WorkerRun) -> list[GpuMemory]:
 
 
 def _phases(runs: list[WorkerRun]) -> dict[str, PhaseCost]:
-    """Median seconds over all rounds of all workers, and the highest allocated peak."""
-    rounds = [r for run in runs for r in run.outcome.get("rounds", [])]
+    """Median seconds over the rounds that count, of all workers, and the highest allocated peak."""
+    rounds = [r for run in runs for r in run.kept]
     phases = {}
     for name in get_args(Phase):
         peaks = [run.outcome.get("phase_peaks", {}).get(name, 0) for run in runs]
@@ -273,16 +245,10 @@ def _phases(runs: list[WorkerRun]) -> dict[str, PhaseCost]:
 def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
     """Rounds of a throttled GPU are discarded, unless no other is left."""
     workers: list[WorkerTime] = []
-    kept_rounds: list[dict[str, float]] = []
-    discarded = 0
+    kept_rounds = [r for run in runs for r in run.kept]
+    discarded = sum(len(run.outcome["rounds"]) - len(run.kept) for run in runs)
     for run in runs:
-        rounds = run.outcome["rounds"]
-        states = run.telemetry or [RoundTelemetry()] * len(rounds)
-        kept = [r for r, state in zip(rounds, states, strict=True) if not ABNORMAL & set(state.throttle)]
-        discarded += len(rounds) - len(kept) if kept else 0
-        kept = kept or rounds
-        kept_rounds += kept
-        seconds = [sum(r.values()) for r in kept]
+        seconds = [sum(r.values()) for r in run.kept]
         workers.append(WorkerTime(rounds_s=seconds, median_s=statistics.median(seconds)))
     median = statistics.median(worker.median_s for worker in workers)
     phase = {name: statistics.median(r.get(name, 0.0) for r in kept_rounds) for name in ("encode", "denoise", "decode")}
@@ -307,8 +273,21 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
 
 def _disturbed(runs: list[WorkerRun]) -> str | None:
     reasons = []
-    if others := sorted({pid for run in runs for one in (run, *run.peers) for pid in one.sampler.others}):
-        reasons.append(f"other processes used the GPU meanwhile (pid {', '.join(str(pid) for pid in others)})")
+    if others := {pid for run in runs for pid in run.others}:
+        reasons.append(f"other processes used the GPU meanwhile ({_pids(others)})")
     if again_s := sum(run.outcome.get("compiled_again_s", 0.0) for run in runs):
         reasons.append(f"torch.compile compiled again within the rounds, for {again_s:.1f} s")
     return "; ".join(reasons) or None
+
+
+def with_others(record: Record, pids: set[int]) -> Record:
+    """The record, with the processes beside a worker that were first seen while the need was searched."""
+    said = record.disturbed or ""
+    if not pids or "other processes used the GPU meanwhile" in said:
+        return record
+    met = f"other processes used the GPU while the need was searched ({_pids(pids)})"
+    return record.model_copy(update={"disturbed": f"{said}; {met}" if said else met})
+
+
+def _pids(pids: set[int]) -> str:
+    return f"pid {', '.join(str(pid) for pid in sorted(pids))}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_vram.cases.models import Model
+from pytest_vram.records.caveats import caveats
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
@@ -102,6 +103,7 @@ class Document:
 
         remarks = [] if run.run.complete else ["not complete"]
         remarks += [f"{len(run.refused)} refused"] if run.refused else []
+        remarks += caveats(environment)
         software = f"torch {said('torch')}, diffusers {said('diffusers')}"
         return [
             Cell(self.tags[run.path]),
@@ -113,6 +115,11 @@ class Document:
             Cell(str(len(run.records))),
             Cell("; ".join(remarks)),
         ]
+
+    @property
+    def caveats(self) -> dict[str, str]:
+        """What must be said of the memory of the machines that were measured."""
+        return {what: why for run in self.evidence.runs for what, why in caveats(run.run.environment).items()}
 
     def tag(self, *choices: Choice) -> str:
         """The runs that the figures of choices come from, each once: those of memory first."""
@@ -262,14 +269,15 @@ class Document:
                 plain = baseline(choices)
                 for choice in without_idle_flags(choices):
                     saved, paid = against(choice, plain)
-                    if choice.gpus or saved is None or paid is None or not choice.call_s or not plain.call_s:
+                    if saved is None or paid is None or not choice.call_s or not plain.call_s:
                         continue
                     share, times = saved / (plain.required_bytes or 1), choice.call_s / plain.call_s
                     noise = same_time(choice, plain)
                     if (share < -SAME_MEMORY and times > 1 / noise) or (times > noise and share < SAME_MEMORY):
                         cost = [Cell(signed(-saved / GIB)), Cell(f"×{times:.2f}"), Cell(choice.gpu or "")]
-                        runs = Cell(self.tag(choice, plain), "runs")
-                        rows.append([*self._keys(workload), Cell("", name=choice.name), *cost, runs])
+                        each = f"(each of {len(choice.gpus)} GPUs)" if choice.gpus else ""
+                        named = Cell("", name=choice.name, remark=each)
+                        rows.append([*self._keys(workload), named, *cost, Cell(self.tag(choice, plain), "runs")])
         columns = ("model", "size", "batch", "optimizations", "required GiB", "time", "on", "runs")
         return Table("What made it worse", columns, rows, 4)
 
@@ -299,12 +307,14 @@ class Document:
         return Table("Largest batch and resolution", columns, rows, 3)
 
     def checks(self) -> Table:
-        """The cases that ran with no more memory than a limit, beside what their need says of that limit."""
+        """The cases that ran with no more memory than a limit, beside what their need says of that limit: as searched on
+        that GPU, else on another, else simulated."""
         rows = []
         for check in self.evidence.checks:
             limit = check.record.case.limit_bytes or 0
-            known = self.evidence.choices.get(check.workload, {}).get(check.gpu_key, {}).get(check.optimizations)
+            known = self.evidence.speaks_of(check)
             needed = known.required_bytes if known else None
+            mark = "~" if known and known.estimated else ""
             found = "completes" if check.record.status == "ok" else "out of memory"
             expected = free = agree = NOTHING
             if needed is not None:
@@ -317,7 +327,7 @@ class Document:
                     Cell("", name=check.name),
                     Cell(gib(limit)),
                     Cell(" or ".join(self._cards_with(limit)[:2]) or NOTHING),
-                    Cell(gib(needed)),
+                    Cell(mark + gib(needed)),
                     Cell(free),
                     Cell(expected),
                     Cell(found),

@@ -155,7 +155,7 @@ class Report:
             "accuracy": document.accuracy(),
             "failed": document.failed(),
             "refused": [f"{document.tags[run.path]}: {line}" for run in self.runs for line in run.refused],
-            "method": METHOD,
+            "method": {**METHOD, **document.caveats},
             "same_time": f"{SAME_TIME:g}",
             "same_gpu_time": f"{SAME_GPU_TIME:g}",
             "elsewhere_mib": document.elsewhere_mib,

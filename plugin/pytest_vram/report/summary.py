@@ -113,6 +113,8 @@ def _row(record: Record) -> list[str]:
         label += f"\n   {drift(record.drift)}"
     elif "drift" in record.unavailable:
         label += f"\n   no leak check: {printable(record.unavailable['drift'])[:200]}"
+    if record.disturbed:
+        label += f"\n   disturbed: {printable(record.disturbed)}"
     if record.gpus:
         each = (f"{gib(gpu.required_bytes)}" for gpu in record.gpus)
         label += f"\n   {len(record.gpus)} GPUs: {', '.join(each)}"

@@ -103,9 +103,10 @@ def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
 
     What was measured on the card itself comes first, then each other GPU, the one that measured most before the others,
     then what was estimated. Of one of these, what fits comes before what fits tightly, and then the fastest wins. Of
-    those within `same_time` of the fastest the one with fewest flags is taken, then the one that requires least. A set
-    with a flag that was seen to change nothing stands back for the set without it. Where nothing runs, a choice for
-    more of the same (a larger size or batch) is taken if that runs: it has room for this.
+    those within `same_time` of the fastest, and of what is no slower than one of them, a set that leaves the image
+    alone comes first, then the one with fewest flags, then the one that requires least. A set with a flag that was seen
+    to change nothing stands back for the set without it. Where nothing runs, a choice for more of the same (a larger
+    size or batch) is taken if that runs: it has room for this.
     """
     on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability), {})
     for one in (workload, *evidence.larger(workload)):
@@ -155,17 +156,16 @@ def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
     def seconds(verdict: Verdict) -> float:
         return verdict.call_s or float("inf")
 
-    def cost(verdict: Verdict) -> tuple[int, int, int, float]:
-        choice = verdict.choice
-        moves = choice.moves if seconds(verdict) == float("inf") else 0  # where no time tells what an offload costs
-        return moves, len(choice.flags), verdict.required_bytes or 0, seconds(verdict)
+    def cost(verdict: Verdict) -> tuple[int, bool, int, int, float]:
+        choice, changes = verdict.choice, verdict.choice.changes_image
+        # where no time tells what a set costs: to change the image is as bad as to move weights once a call
+        moves = max(choice.moves, int(changes)) if seconds(verdict) == float("inf") else 0
+        return moves, changes, len(choice.flags), verdict.required_bytes or 0, seconds(verdict)
 
     first = min(verdicts, key=seconds)
-
-    def as_fast(verdict: Verdict) -> bool:
-        return seconds(verdict) <= same_time(verdict.choice, first.choice) * seconds(first)
-
-    return min(filter(as_fast, verdicts), key=cost)
+    as_fast = [v for v in verdicts if seconds(v) <= same_time(v.choice, first.choice) * seconds(first)]
+    slowest_s = max(map(seconds, as_fast))
+    return min((verdict for verdict in verdicts if seconds(verdict) <= slowest_s), key=cost)
 
 
 def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:

@@ -9,6 +9,7 @@ from typing import Any
 from pytest_vram.cases.case import Case, OwnCase
 from pytest_vram.cases.models import Model
 from pytest_vram.compare.timing import host_bound
+from pytest_vram.pipelines.optimizations import OPTIMIZATIONS
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, GpuMemory, Record, Time
 from pytest_vram.report.text import gib
@@ -167,6 +168,12 @@ class Choice:
         return 2 if self.offloads and in_each_step else int(self.offloads or encoders)
 
     @property
+    def changes_image(self) -> bool:
+        """Whether a flag is among its own that does not claim to leave the image as it is."""
+        known = (OPTIMIZATIONS.get(name) for name in self.flags)
+        return not all(flag is not None and flag.exact for flag in known)
+
+    @property
     def host_bytes(self) -> int | None:
         """Host memory: the process's peak; and the weights, which go through it from a checkpoint to the GPU, where the
         measured process made random ones on the GPU."""
@@ -290,6 +297,12 @@ class Evidence:
     def tried(self, workload: Workload) -> list[Choice]:
         """Its choices, measured and estimated."""
         return [choice for sets in self.choices[workload].values() for choice in sets.values()]
+
+    def speaks_of(self, choice: Choice) -> Choice | None:
+        """What is known of the same set of the same workload: on its GPU, else on another, else as estimated."""
+        by_gpu = self.choices.get(choice.workload, {})
+        known = [sets[choice.optimizations] for sets in by_gpu.values() if choice.optimizations in sets]
+        return min(known, key=lambda one: (one.gpu_key != choice.gpu_key, one.estimated), default=None)
 
     @cached_property
     def gpus(self) -> list[str]:
