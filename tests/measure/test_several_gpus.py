@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -148,8 +149,9 @@ def test_the_number_of_rounds_is_agreed_with_no_pickle() -> None:
     from pytest_vram.measure.generation import _agreed
 
     assert _agreed(7) == 7, "a process by itself"
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    distributed: Any = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         assert _agreed(7) == 7
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
