@@ -53,8 +53,8 @@ STEADY = [1000 * MIB] * 21
         ("reserved", [2 * MIB * n for n in range(21)], ["reserved"]),
         ("tensors", [1000 + n for n in range(4)], ["tensors"]),
         ("host", [n * MIB for n in range(21)], ["host"]),
-        ("host", [n * 90_000 for n in range(21)], []),
-        ("host", [n * MIB for n in range(3)], []),
+        ("host", [n * 250_000 for n in range(21)], []),
+        ("host", [n * MIB for n in range(5)], []),
         ("host", [5 * MIB * (n > 10) for n in range(21)], []),
     ],
 )

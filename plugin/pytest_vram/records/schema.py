@@ -161,7 +161,7 @@ class Drift(_Part):
 
     Of several GPUs in one process bytes are those of all together; where each has a process of its own, those of the
     first. `host` is resident memory backed by no file, `tensors` how many PyTorch tensors live. In `leaks` is what grew
-    for certain: the lower end of the slope's 95 % interval is above 0; of `host` above 100 KiB, and 2 MiB in all.
+    for certain: the lower end of the slope's 95 % interval is above 0; of `host` above 256 KiB, and 4 MiB in all.
     """
 
     calls: Count
