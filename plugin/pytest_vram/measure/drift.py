@@ -14,7 +14,7 @@ WARM_CALLS = 2  # what they leave behind stays: kernels, caches, the pool's firs
 CONFIDENCE = 0.95
 
 # PyTorch's figures are exact, and any growth is one. Python and the C library take host memory in pieces and keep some:
-# 20 calls of a tiny Stable Diffusion on a CPU, which keeps nothing, grew by 67 KiB a call (35 to 103) and 1.2 MiB in all.
+# 20 calls of a tiny Stable Diffusion on a CPU, which keeps nothing: 67 KiB a call (35 to 103), 1.2 MiB in all.
 HOST_PER_CALL_BYTES = 256 << 10
 HOST_IN_ALL_BYTES = 4 << 20
 
