@@ -621,7 +621,7 @@ def test_no_parallel_comparison(world: World) -> None:
     measured = world.head("parallel", "-n=2", f"--vram-compare={base}")
     estimated = world.start("sweep", "parallel-estimates", "-n=2", f"--vram-compare={world.estimate}", *ESTIMATES)
     for session in (measured, estimated):
-        assert session.code == pytest.ExitCode.TESTS_FAILED
+        assert session.code == pytest.ExitCode.USAGE_ERROR
         assert "leave -n out" in session.output
         assert not session.results.exists()
 

@@ -38,3 +38,14 @@ def test_the_page_on_the_original_report_is_made_from_them(results: Path) -> Non
 def test_the_page_on_the_models_is_made_from_them(results: Path) -> None:
     script = runpy.run_path(str(ROOT / "bench" / "published.py"))
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == script["page"](results)
+
+
+def test_every_fault_has_the_tests_that_are_named() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert named - there == set()
+    for row in re.findall(r"^\| (?!what|---)(.*) \|$", page, re.MULTILINE):
+        assert re.search(r"`test_\w+`$", row), row

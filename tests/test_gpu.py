@@ -117,7 +117,7 @@ def test_a_limit_is_what_a_smaller_card_would_do(tmp_path: Path) -> None:
     assert (enough.memory.nvml_process_peak_bytes or 0) <= 3500 * MIB
 
 
-@pytest.mark.parametrize("who", ["Ctrl-C", "pytest", "worker"])
+@pytest.mark.parametrize("who", ["Ctrl-C", "SIGTERM", "pytest", "worker"])
 def test_whoever_dies_leaves_no_process_and_no_gpu_memory(gpu: nvml.Gpu, tmp_path: Path, who: str) -> None:
     before = gpu.used_bytes() or 0
     arguments = [*command(tmp_path, "--vram-steps=200"), "--vram-timeout=100"]
@@ -138,7 +138,8 @@ def test_whoever_dies_leaves_no_process_and_no_gpu_memory(gpu: nvml.Gpu, tmp_pat
     if who == "worker":
         psutil.Process(worker).kill()
     else:
-        process.send_signal(signal.SIGINT if who == "Ctrl-C" else signal.SIGKILL)
+        sent = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "pytest": signal.SIGKILL}
+        process.send_signal(sent[who])
     output, _ = process.communicate(timeout=PATIENCE_S)
     is_idle(gpu, before)
     assert not psutil.wait_procs(family, timeout=3)[1]
@@ -146,10 +147,48 @@ def test_whoever_dies_leaves_no_process_and_no_gpu_memory(gpu: nvml.Gpu, tmp_pat
         (journal,) = tmp_path.glob("*/*.jsonl")
         assert read_journal(journal).records == []
     else:
-        assert process.returncode == (2 if who == "Ctrl-C" else 1), output
+        assert process.returncode == (1 if who == "worker" else 2), output
         message = only_record(tmp_path).failure
         assert message
-        assert message.message.startswith("interrupted" if who == "Ctrl-C" else "the worker was killed by signal 9")
+        assert message.message.startswith("the worker was killed by signal 9" if who == "worker" else "interrupted")
+
+
+def test_what_ends_badly_on_the_gpu_costs_its_own_case(gpu: nvml.Gpu, tmp_path: Path) -> None:
+    """bench/poisoned.py; while its kernel spins the fork server is killed, too."""
+    before = gpu.used_bytes() or 0
+    options = ["--gpu", NO_NEED, "--vram-timeout=15", "--vram-rounds=5", f"--vram-results={tmp_path}"]
+    arguments = [sys.executable, "-m", "pytest", "bench/poisoned.py", *options]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(len(read_journal(path).records) >= 3 for path in tmp_path.glob("*/*.jsonl")) or not gpu.processes():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (server,) = psutil.Process(process.pid).children()
+    server.kill()
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1, output
+    records = {record.id.split("[")[1].split("]")[0]: record for record in only_run(tmp_path).records}
+    assert {name: record.status for name, record in records.items()} == {
+        "device_side_assert": "error",
+        "illegal_address": "error",
+        "out_of_memory": "oom",
+        "spin": "timeout",
+        "healthy": "ok",
+    }, output
+    said = {name: record.failure.message for name, record in records.items() if record.failure}
+    assert "device-side assert" in said["device_side_assert"]
+    assert "illegal memory access" in said["illegal_address"]
+    assert records["out_of_memory"].failure
+    assert records["out_of_memory"].failure.requested_bytes == 1 << 45
+    assert "no result within" in said["spin"]
+    assert "the fork server was killed by signal 9" in (records["spin"].disturbed or "")
+    assert records["healthy"].disturbed is None
+    is_idle(gpu, before)
+    running = psutil.wait_procs(family, timeout=3)[1]
+    assert not [one for one in running if one.status() != psutil.STATUS_ZOMBIE]  # without its server nobody collects it
 
 
 @pytest.fixture
@@ -237,3 +276,26 @@ def test_doctor_finds_nothing_missing() -> None:
     )
     assert result.returncode == 0, result.stdout
     assert all(finding["verdict"] != "missing" for finding in json.loads(result.stdout))
+
+
+def test_a_case_on_each_gpu(tmp_path: Path) -> None:
+    which = ["--vram-sweep=smoke", "-k", "stable-diffusion-v1-5", "--vram-batch-sizes=1,2"]
+    given = [sys.executable, "-m", "pytest", "bench", "--gpu", *which, "--vram-rounds=5", NO_NEED]
+    found = []
+    for more in ("-n0", "-nauto"):
+        results = tmp_path / more
+        ran = subprocess.run(
+            [*given, more, f"--vram-results={results}"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        found.append(only_run(results))
+    one, several = found
+    assert several.complete
+    assert [record.id for record in several.records] == [record.id for record in one.records]
+    if len(nvml.gpus()) > 1:
+        parts = several.environment["merged"]
+        assert len({part["gpu_uuid"] for part in parts}) == len(parts) == min(len(nvml.gpus()), len(one.records))
+    for alone, beside in zip(one.records, several.records, strict=True):
+        assert beside.memory.allocated_peak_bytes == alone.memory.allocated_peak_bytes
+        assert beside.memory.estimated_need_bytes == alone.memory.estimated_need_bytes
+        assert beside.exact == alone.exact

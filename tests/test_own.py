@@ -17,10 +17,9 @@ import pytest
 from pytest_vram.cases.case import OwnCase
 from pytest_vram.errors import UsageError
 from pytest_vram.measure.job import own_job
-from pytest_vram.measure.measurement import SEARCH_INTERRUPTED
 from pytest_vram.measure.own import described, readable
 from pytest_vram.records.files import read_run
-from pytest_vram.records.schema import Record, Run
+from pytest_vram.records.schema import SEARCH_INTERRUPTED, Record, Run
 from tests.test_plugin import command
 
 PLUGIN = Path(__file__).parents[1] / "plugin"

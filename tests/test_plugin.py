@@ -209,7 +209,9 @@ def test_estimates_under_xdist_make_one_run_file(project: pytest.Pytester) -> No
     result = run(project, "-n", "2")
     assert result.ret == pytest.ExitCode.OK
     assert len(run_of(project, "estimated").records) == 4
-    assert run(project, "-n", "2", "--vram-device=cpu").ret != pytest.ExitCode.OK
+    refused = run(project, "-n", "2", "--vram-device=cpu")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: -n: without GPUs cases are run, resumed, compared one at a time; leave -n out" in str(refused.stderr)
 
 
 def test_a_record_is_asked_for_once_and_an_alias_selects(project: pytest.Pytester) -> None:
@@ -401,8 +403,8 @@ def test_an_error_carries_its_traceback_and_bad_input_under_xdist_its_line(proje
     assert 'File "<python>' in failure.output_tail
     assert "mat1 and mat2 shapes cannot be multiplied" in failure.output_tail.splitlines()[-1]
     result = run(project, "-n", "1", "--vram-models=tiny-ds")
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    assert "--vram-models: unknown model 'tiny-ds'; did you mean 'tiny-sd'?" in str(result.stdout)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: --vram-models: unknown model 'tiny-ds'; did you mean 'tiny-sd'?" in str(result.stderr)
 
 
 def test_trained_weights_from_a_folder(saved: Path, project: pytest.Pytester) -> None:

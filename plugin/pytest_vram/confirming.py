@@ -1,7 +1,9 @@
 """Times that look slower than the base's, measured again in fresh workers: of both sides, or of the head's alone."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from pytest_vram.compare.timing import WORKERS, Again
 from pytest_vram.measure.again import top_of
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.machine import Machine
-from pytest_vram.measure.measurement import measure
+from pytest_vram.measure.measurement import Settings, measure
+from pytest_vram.measure.timeout import LEAST_S
 from pytest_vram.planning import Options
 from pytest_vram.records.reading import ReadRun
 
@@ -31,6 +34,7 @@ class Confirmation:
     jobs: Mapping[str, tuple[AnyCase, Message]]
     node_ids: Mapping[str, str]
     say: Callable[[str], None]
+    settings: Callable[[str], Settings]  # of a case, by its id
 
     def again(self, head: ReadRun) -> tuple[dict[str, Again], list[str]]:
         """Fresh workers for the cases that look slower: of both sides, or of the head's alone."""
@@ -41,8 +45,9 @@ class Confirmation:
             installed = [name for name in tests if self.base.checkout.shared and self._is_installed(name)]
             tests = {name: node for name, node in tests.items() if name not in installed}
             folder = (head.path.parent / FOLDER / head.path.stem).absolute()
-            timeout_s = self.options.settings.timeout_s
-            again, notes = self.base.measure_again(tests, models, self._options_again, folder, timeout_s, self.say)
+            longest_s = max((self.settings(name).timeout_s or 0.0 for name in tests), default=LEAST_S)
+            options = partial(self._options_again, timeout_s=longest_s)
+            again, notes = self.base.measure_again(tests, models, options, folder, longest_s, self.say)
             if installed:
                 notes.append(
                     f"{installed[0]}: its pipeline is imported from outside the checkout, and would be the same on "
@@ -51,8 +56,8 @@ class Confirmation:
             names = [name for name in names if name not in again]
         else:
             again, notes = {}, []
-        settings = replace(self.options.settings, workers=WORKERS, need=False, save_images=None, leak_calls=None)
         for name in names:
+            settings = replace(self.settings(name), workers=WORKERS, need=False, save_images=None, leak_calls=None)
             if self.base.has_stored_workers(name) and name in self.jobs and self.machine:
                 self.say(f"{name} again")
                 record = measure(*self.jobs[name], self.machine, settings, self.say)
@@ -65,7 +70,7 @@ class Confirmation:
         files = [Path(job["own"][role]["file"]) for role in ("build", "call")] if "own" in job else []
         return any(not file.resolve().is_relative_to(top_of(self.root)) for file in files)
 
-    def _options_again(self, root: Path) -> list[str]:
+    def _options_again(self, root: Path, timeout_s: float) -> list[str]:
         """pytest's options with which a checkout measures single cases of this sweep once more."""
         options, settings, overrides = self.options, self.options.settings, self.options.overrides
         given: dict[str, Any] = {
@@ -80,7 +85,7 @@ class Confirmation:
             "rounds": settings.rounds,
             "weights": options.weights,
             "limit": options.limit_bytes and f"{options.limit_bytes}B",
-            "timeout": int(settings.timeout_s),
+            "timeout": math.ceil(timeout_s),
         }
         if options.matrix is not None:
             matrix, top = options.matrix.resolve(), top_of(self.root)

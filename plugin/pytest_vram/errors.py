@@ -6,6 +6,7 @@ VramError
 ├── NotComparable     two runs whose difference says nothing of the commits
 ├── RunFileError      a run file or journal that is not what the schema says
 │   └── NotOurs       JSON that is no run file at all
+├── NotSaved          what was found could not be written: the disk is full, or gone
 └── StartError        the fork server or a worker could not be started
 """
 
@@ -59,6 +60,14 @@ class NotOurs(RunFileError):
 
 class NotComparable(VramError):
     """Two runs that cannot be compared; the message names the keys that differ."""
+
+
+class NotSaved(VramError):
+    """A file could not be written; what was to be in it is kept in memory. `reason` is the system's."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        self.reason = error.strerror or str(error)
+        super().__init__(f"{path} could not be written: {self.reason}")
 
 
 class StartError(VramError):

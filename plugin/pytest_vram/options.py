@@ -44,7 +44,7 @@ def declare(parser: pytest.Parser) -> None:
     add("--vram-limit", metavar="SIZE", help="the memory each case may have, context included, such as 8GiB")
     add("--vram-no-estimate", action="store_true", help="measure without an estimate beside each record")
     add("--vram-leak-check", metavar="N", help="call each case N more times in one process: does its memory grow?")
-    add("--vram-timeout", metavar="SECONDS", default="600", help="for one worker of a case; default: 600")
+    add("--vram-timeout", metavar="SECONDS", help="for one worker of a case; default: from its estimate, 600 or more")
     add("--vram-results", metavar="DIR", default="results", help="where run files go; default: results")
     add("--vram-shard", metavar="K/N", help="every N-th case from the K-th on; `pytest-vram merge` joins the N runs")
     add("--vram-resume", action="store_true", help="go on with the newest unfinished run")
@@ -105,7 +105,7 @@ def read(config: pytest.Config) -> Options:
         settings=Settings(
             rounds=_whole(text("rounds"), "--vram-rounds"),
             workers=_whole(text("workers"), "--vram-workers") or 1,
-            timeout_s=_whole(text("timeout"), "--vram-timeout") or 600,
+            timeout_s=_whole(text("timeout"), "--vram-timeout"),
             save_images=str(Path(images).absolute()) if images else None,
             need=not config.getoption("--vram-no-need"),
             leak_calls=_leak_calls(text("leak-check")),

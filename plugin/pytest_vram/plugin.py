@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
 from pytest_vram.fixtures import RECORDS, device_time, vram, vram_case
 from pytest_vram.options import declare, read
+from pytest_vram.parallel import Claims, Controller, count_gpus, measures_on_gpus, part_of
 
 if TYPE_CHECKING:
     from pytest_vram.planning import Plan
@@ -24,9 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     declare(parser)
 
 
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    return count_gpus(config)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", 'vram(max_required="8GiB"): the test fails where its pipeline requires more')
-    config.pluginmanager.register(Manager(config), "pytest_vram.manager")
+    config.pluginmanager.register(manager := Manager(config), "pytest_vram.manager")
+    if manager.part:
+        config.pluginmanager.register(Claims(manager.part), "pytest_vram.claims")
 
 
 class Manager:
@@ -37,10 +45,12 @@ class Manager:
         self.session: SweepSession | None = None
         self.usage_error: str | None = None
         self.under_xdist = hasattr(config, "workerinput")
+        self.part = part_of(config)  # where this is one of several xdist workers that measure
+        self.controller: Controller | None = None  # where this is what they are controlled by
         self.interrupted = False
         self.deselected: list[str] = []
         self.problem: str | None = None  # why there is no verdict
-        self.shown = 0
+        self.shown = self.told = 0
 
     @property
     def terminal(self) -> Any:
@@ -49,7 +59,7 @@ class Manager:
     @property
     def measures_own(self) -> bool:
         """Whether tests with pipelines of their own measure them, and are not skipped or refused."""
-        return self.config.getoption("--vram-device") != "meta" and not self.under_xdist
+        return self.config.getoption("--vram-device") != "meta" and (self.part is not None or not self.under_xdist)
 
     def say(self, text: str) -> None:
         """A passing line, on a terminal only."""
@@ -69,23 +79,38 @@ class Manager:
         capture = self.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             if self.terminal is not None:
+                self.terminal.ensure_newline()
                 self.terminal.write_line(f"vram: {text}")
             else:
                 print(f"vram: {text}", file=sys.stderr)
+
+    def tell_notes(self) -> None:
+        """What the session has to say beside its records, once."""
+        notes = self.session.notes if self.session else []
+        for note in notes[self.told :]:
+            self.tell(note)
+        self.told = len(notes)
 
     def sweep(self) -> SweepSession:
         """The session; made when the first test asks for a case."""
         if self.session is None:
             from pytest_vram.session import SweepSession
 
-            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, self.tell)
+            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, self.tell, part=self.part)
         return self.session
+
+    def refuse(self, problem: str) -> NoReturn:
+        """End pytest with a usage error; from an xdist worker by way of its controller."""
+        if not self.under_xdist:
+            raise pytest.UsageError(problem)
+        self.config.workeroutput["vram_refused"] = problem  # type: ignore[attr-defined]
+        pytest.exit(problem, returncode=pytest.ExitCode.USAGE_ERROR)
 
     def own_session(self, node: pytest.Item) -> SweepSession:
         """The session for a pipeline that cannot be estimated: it runs, or the test is skipped or failed."""
         if self.config.getoption("--vram-device") == "meta":
             pytest.skip("a pipeline of your own is measured, not estimated: give --vram-device cuda")
-        if self.under_xdist:
+        if not self.measures_own:
             pytest.fail("-n: pipelines are measured one at a time; leave -n out", pytrace=False)
         session = self.sweep()
         if session.machine is None:  # no test was seen to ask for the fixture; this one asked at run time
@@ -103,15 +128,12 @@ class Manager:
         try:
             plans = self.sweep().plans(metafunc.definition.path.parent)
             options = self.sweep().options
-            if self.under_xdist and (options.device != "meta" or options.resume or options.base):
+            if self.under_xdist and not self.part and (options.device != "meta" or options.resume or options.base):
                 raise UsageError(
-                    "-n: cases are measured, resumed and compared one at a time; leave -n out, or only estimate"
+                    "-n: without GPUs cases are run, resumed, compared one at a time; leave -n out, or only estimate"
                 )
         except UsageError as error:
             self.usage_error = self.usage_error or str(error)
-            if self.under_xdist:  # xdist has no way to end with a usage error: one test fails with the line
-                metafunc.parametrize("vram_case", [pytest.param(str(error), id="usage-error")], indirect=True)
-                return
         benchmarked = self.config.pluginmanager.hasplugin("benchmark")
         marks = [pytest.mark.benchmark(timer=device_time)] if benchmarked else []
         cases = [pytest.param(plan, id=plan.case.id, marks=marks) for plan in plans]
@@ -138,9 +160,6 @@ class Manager:
             kept = session.take_shard(plans.values(), [item.nodeid for item in own])
         except UsageError as error:
             self.usage_error = str(error)
-            if self.under_xdist:  # as for other bad usage, one test fails with the line
-                items[:] = [*plans][:1]
-                items[0].callspec.params["vram_case"] = str(error)  # type: ignore[attr-defined]
             return
         left_out = {item for item, id in plans.items() if id not in kept}
         left_out |= {item for item in own if session.own_id(item.nodeid) not in kept}
@@ -151,11 +170,11 @@ class Manager:
         self.deselected += [item.nodeid for item in items if _is_own(item)]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if self.usage_error and not self.under_xdist:
-            raise pytest.UsageError(self.usage_error)
+        if self.usage_error:
+            self.refuse(self.usage_error)
         for item in session.items:
             if item.get_closest_marker("vram") and not {"vram", "vram_case"} & set(getattr(item, "fixturenames", ())):
-                raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.vram: the test measures nothing: use `vram`")
+                self.refuse(f"{item.nodeid}: @pytest.mark.vram: the test measures nothing: use `vram`")
         plans = [plan for item in session.items if (plan := _plan(item))]
         own = [item for item in session.items if _is_own(item)]
         if not self.measures_own:
@@ -180,19 +199,40 @@ class Manager:
         try:
             node_ids = [item.nodeid for item in own]
             self.sweep().case_ids = {item.nodeid: plan.case.id for item in session.items if (plan := _plan(item))}
-            self.sweep().start(plans, node_ids, keep_journal=not self.under_xdist, deselected=self.deselected)
+            keep_journal = self.part is not None or not self.under_xdist
+            self.sweep().start(plans, node_ids, keep_journal=keep_journal, deselected=self.deselected)
         except VramError as error:
-            raise pytest.UsageError(str(error)) from error
-        if self.under_xdist:
+            self.refuse(str(error))
+        self.tell_notes()
+        if self.under_xdist and not self.part:
             aliases = names_with_aliases(plan.model for plan in plans)
             planned = {"ids": sorted(self.sweep().expected), "aliases": aliases, "asked": self.sweep().asked()}
             self.config.workeroutput["vram"] = planned  # type: ignore[attr-defined]
 
+    # With pytest-xdist
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_setupnodes(self, specs: Sequence[Any]) -> None:
+        if not measures_on_gpus(self.config):
+            return
+        from pytest_vram.errors import UsageError
+
+        try:
+            self.controller = Controller(self.config, specs)
+            self.sweep()
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+        self.config.pluginmanager.register(self.controller, "pytest_vram.controller")
+        if self.terminal is not None and self.config.get_verbosity() >= 0:
+            self.terminal.write_line(f"vram: {self.controller.said()}; imports, then all estimates, then the cases")
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """An xdist worker has ended: now its controller knows what it had planned."""
-        planned = getattr(node, "workeroutput", {}).get("vram")
-        if planned:
+        """An xdist worker has ended: now its controller knows what it had planned, or why it refused to."""
+        output = getattr(node, "workeroutput", {})
+        if refused := output.get("vram_refused"):
+            raise pytest.UsageError(refused)
+        if planned := output.get("vram"):
             self.sweep().expect(**planned)
 
     # Running
@@ -222,19 +262,25 @@ class Manager:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         documents = getattr(report, "vram", None)
+        if self.controller:
+            self.controller.tell(self.sweep())
         if report.skipped and documents is None and self.session is not None:
             self.session.skip(report.nodeid)
-        if documents is None or self.under_xdist:
+        if documents is None or (self.under_xdist and not self.part):
             return
         from pytest_vram.errors import UsageError
         from pytest_vram.records.schema import Record
 
         try:
-            for document in documents:
-                self.sweep().keep(Record.model_validate(document))
+            for record in map(Record.model_validate, documents):
+                if self.controller:
+                    self.controller.note(self.sweep(), record)
+                else:
+                    self.sweep().keep(record)
         except UsageError as error:  # only under xdist, whose controller opens its journal with the first record
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         self.say("")
+        self.tell_notes()
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
         documents = getattr(report, "vram", ())
@@ -249,17 +295,17 @@ class Manager:
             return
         if self.config.get_verbosity() < 0 or len(session.finished) == self.shown:
             return
-        self.shown = len(session.finished)
         from time import monotonic
 
         from pytest_vram.report.summary import line
         from pytest_vram.report.text import duration
 
-        count = f"{len(session.finished)}/{len(session.expected)}"
-        elapsed = duration(monotonic() - session.began)
-        last = next(reversed(session.finished.values()))
-        text = f" {count} {line(last)}"
-        reporter.write(f"{text} ({elapsed} elapsed, about {duration(session.rest_s())} left)\n")
+        elapsed, left = duration(monotonic() - session.began), duration(session.rest_s())
+        new = [*session.finished.values()][self.shown :]  # of several xdist workers there may be more than one
+        for number, record in enumerate(new, self.shown + 1):
+            count = f"{number}/{len(session.expected)}"
+            reporter.write(f" {count} {line(record)} ({elapsed} elapsed, about {left} left)\n")
+        self.shown = len(session.finished)
 
     # The end
 
@@ -268,13 +314,22 @@ class Manager:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.controller:
+            self.controller.end_workers()
         if self.session is None:
             return
         try:
-            self.session.finish(self.interrupted)
+            if self.controller:
+                self.problem = self.controller.finish(self.session, self.interrupted)
+            else:
+                self.session.finish(self.interrupted)
             self.compare(session)
+        except KeyboardInterrupt:  # twice: somebody cannot wait; what was measured is in the journal
+            pytest.exit("vram: interrupted twice", returncode=pytest.ExitCode.INTERRUPTED)
         finally:
             self.session.close()
+        if self.session.unsaved:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def compare(self, session: pytest.Session) -> None:
         """The verdict against the base, and pytest's exit code for it."""
@@ -302,23 +357,28 @@ class Manager:
                     tell(f"vram.compared.{word.replace(' ', '_')}", count)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        self.tell_notes()
         session = self.session
-        if session is None or session.run_path is None:
+        if session is None:
             return
+        if session.unsaved:
+            terminalreporter.write_line(f"vram: {session.unsaved}", red=True)
+        if session.written:
+            from pytest_vram.records.caveats import caveats
+            from pytest_vram.report.summary import legend, summary, where_time_went
 
-        from pytest_vram.records.caveats import caveats
-        from pytest_vram.report.summary import legend, summary, where_time_went
-
-        terminalreporter.section("VRAM")
-        run = session.journal.run if session.journal else None
-        table = summary(session.records, run.aliases if run else {})
-        terminalreporter.write_line(table)
-        terminalreporter.write_line(legend())
-        for what, why in caveats(run.environment if run else {}).items():
-            terminalreporter.write_line(f"vram: {what}: {why}")
-        if session.options.device != "meta":
-            terminalreporter.write_line(where_time_went(session.fresh, session.spent_s))
-        terminalreporter.write_line(f"run file: {session.run_path}")
+            terminalreporter.section("VRAM")
+            for written in session.written:
+                terminalreporter.write_line(summary(written.records, written.run.aliases))
+            terminalreporter.write_line(legend())
+            found = [caveats(written.run.environment).items() for written in session.written]
+            for what, why in dict.fromkeys(one for each in found for one in each):
+                terminalreporter.write_line(f"vram: {what}: {why}")
+            if session.options.device != "meta":
+                gpus = len(self.controller.gpus) if self.controller else 1
+                terminalreporter.write_line(where_time_went(session.fresh, session.spent_s, gpus))
+            for written in session.written:
+                terminalreporter.write_line(f"run file: {written.path}")
         if session.comparison is not None:
             from pytest_vram.report.comparing import table as compared
 
@@ -331,12 +391,13 @@ class Manager:
     def pytest_unconfigure(self) -> None:
         if self.session is not None:
             self.session.close()
+        if self.controller:
+            self.controller.close()
 
 
 def _plan(item: pytest.Item) -> Plan | None:
     callspec = getattr(item, "callspec", None)
-    plan = callspec.params.get("vram_case") if callspec is not None else None
-    return None if isinstance(plan, str) else plan
+    return callspec.params.get("vram_case") if callspec is not None else None
 
 
 def _is_own(item: pytest.Item) -> bool:

@@ -2,45 +2,58 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pytest_vram.against import Base, save
-from pytest_vram.cases.case import AnyCase
-from pytest_vram.cases.models import names_with_aliases
+from pytest_vram.cases.case import AnyCase, Case
+from pytest_vram.cases.models import Model, names_with_aliases
 from pytest_vram.cases.sweep import read_thresholds
 from pytest_vram.cases.thresholds import Thresholds
 from pytest_vram.compare.comparison import Comparison
 from pytest_vram.compare.timing import Again
 from pytest_vram.confirming import Confirmation
-from pytest_vram.errors import UsageError
+from pytest_vram.errors import NotSaved, UsageError
+from pytest_vram.exchange import Part, Planned
+from pytest_vram.interrupting import terminate_as_ctrl_c
 from pytest_vram.measure import environment
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates, estimated_record, with_estimate
 from pytest_vram.measure.exactness import References
 from pytest_vram.measure.job import job_of, own_job
 from pytest_vram.measure.machine import Machine, start_machine
-from pytest_vram.measure.measurement import CaseInterrupted, Estimated, measure
+from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.own import described, readable
 from pytest_vram.measure.recording import skipped
+from pytest_vram.measure.timeout import LEAST_S, timeout_s
 from pytest_vram.pipelines.optimizations import gpus_of, impossible
 from pytest_vram.planning import PACKAGED_MATRIX, Options, Plan, own_case, read_plans, split_node_id
-from pytest_vram.records.files import Journal, folder_of, new_path
+from pytest_vram.records.files import Journal, folder_of, new_path, read_journal, run_path_of, write_run
+from pytest_vram.records.merging import apart, joined
 from pytest_vram.records.reading import ReadRun
+from pytest_vram.records.resuming import Unfinished, find_unfinished, kept, known
 from pytest_vram.records.schema import Record, Run
-from pytest_vram.resuming import known, newest_unfinished, resumable
 
 
 class SweepSession:
     """Plans the cases, measures or estimates each when its turn comes, and keeps what was found.
 
-    `say` shows a passing line of progress, `tell` one that stays; `root` is the folder whose commit the run names.
+    `say` shows a passing line of progress, `tell` one that stays; `root` is the folder whose commit the run names;
+    `part` is the share of an xdist worker, where several measure.
     """
 
     def __init__(
-        self, options: Options, root: Path, say: Callable[[str], None], tell: Callable[[str], None] | None = None
+        self,
+        options: Options,
+        root: Path,
+        say: Callable[[str], None],
+        tell: Callable[[str], None] | None = None,
+        *,
+        part: Part | None = None,
     ) -> None:
-        self.options, self.root, self.say, self.tell = options, root, say, tell or say
+        self.options, self.root, self.say, self.tell, self.part = options, root, say, tell or say, part
         self.machine: Machine | None = None
         self.journal: Journal | None = None
         self.estimates: Estimates | None = None
@@ -50,14 +63,14 @@ class SweepSession:
         self.fresh: list[Record] = []  # without those that a resumed run brought along
         self.began = self.first_case_began = time.monotonic()
         self.expected: set[str] = set()
-        self.run_path: Path | None = None
+        self.written: list[ReadRun] = []  # the run file, or of GPUs that differ one for each environment
         self.spent_s = 0.0
-        self.complete = False
         self.undecided = ""  # why times that look slower have no verdict, although a base checkout was given
         self.others_aliases: dict[str, list[str]] = {}
         self.base: Base | None = None
         self.comparison: Comparison | None = None
         self.comparison_path: Path | None = None
+        self.order: list[str] = []  # the ids of all cases
         self.node_ids: dict[str, str] = {}  # of the tests, by case id
         self.case_ids: dict[str, str] = {}  # of what a sweep planned, by node id
         self._plans: dict[Path, list[Plan]] = {}
@@ -65,7 +78,13 @@ class SweepSession:
         self._deselected: list[str] = []
         self._cases: list[str] = []  # of all shards, in the order of the sweep; empty without a shard
         self._asked_others: dict[str, list[str]] = {}
+        self._goes_on_with: tuple[Path, list[Record]] | None = None
         self._jobs: dict[str, tuple[AnyCase, Message]] = {}
+        self._timeouts: dict[str, float] = {}  # from estimates, by case id
+        self._claimed: Unfinished | None = None
+        self._restore: Callable[[], None] = lambda: None
+        self.notes: list[str] = []  # what a person should know beside the records
+        self.unsaved = ""  # why records that were found are not on the disk
 
     # Collection
 
@@ -101,6 +120,7 @@ class SweepSession:
         that were left out. `keep_journal` is off in xdist workers: their controller keeps it.
         """
         options = self.options
+        self._restore = terminate_as_ctrl_c()
         self.began = time.monotonic()
         self.planned = list({plan.case: plan for plan in plans}.values())
         self.expected = {plan.case.id for plan in self.planned}
@@ -110,6 +130,7 @@ class SweepSession:
             raise UsageError(f"two sweeps of this session have a case {twice}, with other steps; run them one by one")
         own = list(own)
         self.expected |= set(map(self.own_id, own))
+        self.order = [*(plan.case.id for plan in self.planned), *map(self.own_id, own)]
         self._read_own_thresholds(own)
         left_out = {plan.case.id for plans in self._plans.values() for plan in plans}
         left_out |= set(map(self.own_id, deselected))
@@ -142,13 +163,31 @@ class SweepSession:
         records = self.journal.records if self.journal else {}
         wanted = [plan.case for plan in self.planned if known(records, plan.case) is None]
         if options.device != "meta":
-            self.references = References(wanted)
+            outputs = self.part.exchange.outputs(str(self.machine.facts.get("gpu"))) if self.part else None
+            self.references = References(wanted, outputs)
         if options.device != "cpu" and options.estimate:
-            capability = self.machine.facts.get("compute_capability")
-            self.estimates = Estimates(wanted, models, self.machine.starter, capability, ahead=keep_journal)
-        if self.estimates and options.device == "cuda":  # first, so that nothing runs beside a measurement
-            self.estimates.finish(options.settings.timeout_s, self.say)
+            self._estimate_first(wanted, models, ahead=keep_journal)
+        if self.part:
+            case_ids = {**self.case_ids, **{node_id: self.own_id(node_id) for node_id in own}}
+            aliases = names_with_aliases(plan.model for plan in self.planned)
+            self.part.exchange.put_plan(self.part.worker, Planned(self.order, case_ids, list(records), aliases))
         self.first_case_began = time.monotonic()
+
+    def _estimate_first(self, cases: list[Case], models: dict[str, Model], *, ahead: bool) -> None:
+        """On a GPU all are estimated before any is measured, so that nothing runs beside a measurement; several xdist
+        workers, of which none measures before all have done this, estimate a part each."""
+        assert self.machine is not None
+        part, capability = self.part, self.machine.facts.get("compute_capability")
+        if part:
+            alone = [case for case in cases if gpus_of(case.optimizations) == 1]
+            cases = [case for case in part.share(alone) if part.exchange.estimate(case.id) is None]
+        beside = part.of if part else 1
+        self.estimates = Estimates(cases, models, self.machine.starter, capability, ahead=ahead, beside=beside)
+        if self.options.device == "cuda":
+            self.estimates.finish(self.options.settings.timeout_s or LEAST_S, self.say)
+        if part:
+            for case, outcome in self.estimates.done().items():
+                part.exchange.put_estimate(case.id, outcome)
 
     def _read_own_thresholds(self, own: Iterable[str]) -> None:
         """Those of the matrix beside a test with a pipeline of its own, or of the one that was named."""
@@ -181,10 +220,14 @@ class SweepSession:
         folder = self._folder(facts)
         path = None
         if options.resume:
-            path, records = resumable(folder, run, options.shard, self.planned)
+            path, records = self._resumed(folder, run)
             run = run.model_copy(update={"records": records})
         run = run.model_copy(update={"aliases": names_with_aliases(plan.model for plan in self.planned)})
-        self.journal = Journal(path or new_path(folder, run.environment), run)
+        part = self.part
+        path = path or (part.run_path if part else new_path)(folder, run.environment)
+        self.journal = Journal(path, run, part.worker if part else "")
+        if part:
+            part.exchange.put_journal(part.worker, self.journal.path)
         return self.journal
 
     def _folder(self, facts: Mapping[str, Any]) -> Path:
@@ -211,6 +254,8 @@ class SweepSession:
                 "selection": self.options.selection,
                 "workers": options.settings.workers,
                 "rounds": options.settings.rounds,
+                "need": options.settings.need,
+                "limit_bytes": options.limit_bytes,
             },
         )
 
@@ -221,9 +266,28 @@ class SweepSession:
             return
         self.say("the base")
         described = self._described(facts)
-        resumed, _ = (options.resume and newest_unfinished(self._folder(facts), options.shard)) or (None, None)
+        resumed = self._resumed(self._folder(facts), described)[0] if options.resume else None
         self.base = Base(options.base, described, options.results, self.root, self._thresholds, resumed)
         self.base.check_cases(self.expected, {plan.case.id: plan.case for plan in self.planned}, set(self._cases))
+
+    def _resumed(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
+        """The run file of the sweep that this one goes on with, and its records that need not be made again; the first
+        of several xdist workers finds it for all."""
+        if self._goes_on_with is None and self.part:
+            make = partial(self._resumable, folder, run)
+            self._goes_on_with = self.part.exchange.resumed(apart(run.environment), make)
+        elif self._goes_on_with is None:
+            self._goes_on_with = self._resumable(folder, run)
+        return self._goes_on_with
+
+    def _resumable(self, folder: Path, run: Run) -> tuple[Path, list[Record]]:
+        """The newest unfinished run of this folder, and its records that need not be made again."""
+        found = find_unfinished(folder, str(self.options.shard) if self.options.shard else None)
+        if found is None:
+            raise UsageError(f"--vram-resume: no unfinished run in {folder}; leave it out to start a new one")
+        self._claimed = found
+        self.notes += found.notes
+        return run_path_of(found.path), kept(found, run, {plan.case.id: plan.case for plan in self.planned})
 
     def run(self, plan: Plan) -> Record:
         """The record of one case; a KeyboardInterrupt leaves its record in the journal."""
@@ -232,9 +296,14 @@ class SweepSession:
             return record
         if self.options.device == "meta":
             return self._estimate(plan)
+        if self.part and (gpus := gpus_of(plan.case.optimizations)) > 1:
+            reason = f"it takes {gpus} GPUs, and -n gives each case one: leave -n out"
+            return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "measured"})
         outcome: dict[str, Any] = {}
         if self.estimates and not impossible(plan.case.optimizations, self.options.device, plan.case.weights):
-            outcome, _ = self.estimates.result(plan.case, self.options.settings.timeout_s)
+            outcome = self.part.exchange.estimate(plan.case.id) or {} if self.part else {}
+            outcome = outcome or self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)[0]
+            self._timeouts[plan.case.id] = timeout_s(plan.case, outcome, self.options.settings.rounds)
         estimated = Estimated(outcome["need"], outcome["allocated_peak"]) if outcome.get("event") == "done" else None
         record = self._measure(plan.case, job_of(plan.case, plan.model), estimated)
         return with_estimate(record, outcome) if outcome else record
@@ -267,18 +336,22 @@ class SweepSession:
         assert self.machine is not None
         self._jobs[case.id] = case, job
         try:
-            return measure(case, job, self.machine, self.options.settings, self.say, estimated, self.references)
+            return measure(case, job, self.machine, self.settings(case.id), self.say, estimated, self.references)
         except CaseInterrupted as interrupt:
-            if self.journal:
-                self.journal.add(interrupt.record)
+            self._store(interrupt.record)
             raise KeyboardInterrupt from None
+
+    def settings(self, id: str) -> Settings:
+        """Those for one case: with the timeout from its estimate, unless one was given."""
+        settings = self.options.settings
+        return replace(settings, timeout_s=settings.timeout_s or self._timeouts.get(id, LEAST_S))
 
     def _estimate(self, plan: Plan) -> Record:
         assert self.estimates is not None
         if reason := impossible(plan.case.optimizations, "meta", plan.case.weights):
             return skipped(reason, {"id": plan.case.id, "case": plan.case, "method": "estimated"})
         self.say(f"estimating {plan.case.id}")
-        outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s)
+        outcome, seconds = self.estimates.result(plan.case, self.options.settings.timeout_s or LEAST_S)
         return estimated_record(plan.case, outcome, seconds)
 
     def keep(self, record: Record) -> None:
@@ -287,7 +360,28 @@ class SweepSession:
             self.open_journal({})
         assert self.journal is not None
         if self.journal.records.get(record.id) != record:
+            self._store(record)
+            self.fresh.append(record)
+        self.finished[record.id] = record
+
+    def _store(self, record: Record) -> None:
+        """Into the journal; where there is no room for it the sweep goes on, and it is tried again with the next."""
+        if self.journal is None:
+            return
+        try:
             self.journal.add(record)
+        except NotSaved as error:
+            if not self.unsaved:
+                self.notes.append(f"{error}; what is found is kept in memory and written once there is room")
+            self.unsaved = str(error)
+        else:
+            if self.unsaved:
+                self.notes.append(f"{self.journal.path} has all that is found again")
+            self.unsaved = ""
+
+    def note(self, record: Record, *, fresh: bool) -> None:
+        """A case has ended in an xdist worker, which keeps its record; `fresh` is one that it has made itself."""
+        if fresh and record.id not in self.finished:
             self.fresh.append(record)
         self.finished[record.id] = record
 
@@ -311,6 +405,9 @@ class SweepSession:
         self.spent_s = time.monotonic() - self.began
         if self.journal is None:
             return
+        if self.part:
+            self.journal.leave()
+            return
         if not self.journal.records:
             self.journal.discard()
             return
@@ -319,8 +416,47 @@ class SweepSession:
         if self.others_aliases:
             options = {**self.journal.run.options, **self._asked_others}
             self.journal.run = self.journal.run.model_copy(update={"aliases": self.others_aliases, "options": options})
-        self.run_path = self.journal.finish(complete)
-        self.complete = complete
+        self.journal.run = self.journal.run.model_copy(update={"wall_s": self.spent_s})
+        try:
+            path = self.journal.finish(complete)
+        except NotSaved as error:
+            some = f", but for the last {self.journal.unsaved} that there was no room for"
+            what = f"{error}; {self.journal.path.name} beside it has the records{some if self.journal.unsaved else ''}"
+            self.unsaved = f"{what}: free some space and give --vram-resume"
+            return
+        self.unsaved = ""
+        update = {"records": list(records.values()), "complete": complete}
+        self.written = [ReadRun(path, self.journal.run.model_copy(update=update))]
+
+    def join(self, path: Path, journals: Sequence[Path], workers: int, interrupted: bool) -> None:
+        """Write the run file that takes the place of the journals that xdist workers kept.
+
+        Raises:
+            RunFileError: where one cannot be read; all are left as they are then.
+        """
+        parts = [part for journal in journals if (part := ReadRun(journal, read_journal(journal))).records]
+        if parts:
+            run = joined(parts, self.order)
+            complete = not interrupted and self.expected <= {record.id for record in run.records}
+            options = {**run.options, "xdist_workers": workers}
+            run = run.model_copy(update={"complete": complete, "options": options, "wall_s": self.spent_s})
+            write_run(path, run)
+            self.written.append(ReadRun(path, run))
+        for journal in journals:
+            journal.unlink()
+
+    def find_base_of_joined(self) -> None:
+        """Read what the run of several xdist workers is compared with, as each of them has before its first case."""
+        if self.options.base is None or len(self.written) != 1:
+            return
+        own = [node_id for node_id, id in self.case_ids.items() if self.own_id(node_id) == id]
+        for folder in {(self.root / split_node_id(node_id)[0]).parent for node_id in self.case_ids.keys() - set(own)}:
+            self.plans(folder)
+        self._read_own_thresholds(own)
+        head = self.written[0].run.model_copy(update={"records": []})
+        self.base = Base(
+            self.options.base, head, self.options.results, self.root, self._thresholds, self.written[0].path
+        )
 
     def compare(self, interrupted: bool) -> None:
         """The verdict on the finished run; times that look slower are measured again, unless somebody waits to go.
@@ -328,10 +464,9 @@ class SweepSession:
         Raises:
             NotComparable: where none of the base's cases came to be measured, or the verdict cannot be written.
         """
-        if self.base is None or self.run_path is None or self.journal is None:
+        if self.base is None or len(self.written) != 1:
             return
-        update = {"records": self.records, "complete": self.complete}
-        head = ReadRun(self.run_path, self.journal.run.model_copy(update=update))
+        (head,) = self.written
         again: dict[str, Again] = {}
         notes: list[str] = []
         stopped = None
@@ -344,12 +479,14 @@ class SweepSession:
         self.comparison = self.base.conclude(head, again, notes)
         if self.base.checkout is not None and notes:
             self.undecided = "; ".join(notes)
-        self.comparison_path = save(self.comparison, self.run_path)
+        self.comparison_path = save(self.comparison, head.path)
         if stopped:
             raise stopped
 
     def _confirmation(self, base: Base) -> Confirmation:
-        return Confirmation(base, self.options, self.root, self.machine, self._jobs, self.node_ids, self.say)
+        return Confirmation(
+            base, self.options, self.root, self.machine, self._jobs, self.node_ids, self.say, self.settings
+        )
 
     def abandon(self) -> None:
         """Nothing was run: leave nothing behind."""
@@ -365,6 +502,11 @@ class SweepSession:
             self.estimates.close()
         if self.machine:
             self.machine.close()
+        if self.journal:
+            self.journal.close()
+        if self._claimed:
+            self._claimed.close()
+        self._restore()
 
     @property
     def records(self) -> list[Record]:

@@ -69,16 +69,33 @@ def sleep(job: Message, reporter: Reporter) -> None:
     time.sleep(60)
 
 
+def freeze(job: Message, reporter: Reporter) -> None:
+    """Be stopped in the load phase, and not go on."""
+    reporter.send("phase", phase="load", parent=os.getppid())
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def die(job: Message, reporter: Reporter) -> None:
-    """Be killed while loading, as by the kernel."""
+    """Be killed while loading, as by the kernel, or by the `signal` of the script."""
     reporter.send("phase", phase="load")
-    os.kill(os.getpid(), signal.SIGKILL)
+    if script_of(job).get("kill_server"):
+        kill_server()
+    print("what it said last is not why", flush=True)
+    os.kill(os.getpid(), script_of(job).get("signal", signal.SIGKILL))
 
 
 def script_of(job: Message) -> dict[str, Any]:
     """What a test wants of its worker: JSON in the model's `pipeline_arguments`, which travel with every job."""
     script: dict[str, Any] = json.loads(job["model"]["pipeline_arguments"]["script"])
     return script
+
+
+def kill_server() -> None:
+    """Have the server that this worker comes from killed, and wait until it is gone."""
+    server = os.getppid()
+    os.kill(server, signal.SIGKILL)
+    while os.getppid() == server:
+        time.sleep(0.01)
 
 
 def blow(job: Message, reporter: Reporter) -> None:
@@ -145,6 +162,8 @@ def generate(job: Message, reporter: Reporter) -> None:
     if job.get("reference"):
         _reference(script, job, reporter)
         return
+    if script.get("kill_server"):
+        kill_server()
     if job.get("leak_calls"):
         _calls_again(script, job, figures, reporter)
         return
@@ -157,6 +176,8 @@ def generate(job: Message, reporter: Reporter) -> None:
         reporter.ask("failed", **{**figures, **script["failed"]})
         return
     reporter.send("rounds", count=len(figures["rounds"]), pilot_s=1.0, found={"weights_bytes": 300 * MIB})
+    if script.get("hangs"):
+        time.sleep(60)
     asked = batch = len(figures["rounds"])
     done = 0
     while batch > 0:

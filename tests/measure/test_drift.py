@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from pytest_vram.errors import UsageError
-from pytest_vram.measure.drift import CHECK_INTERRUPTED, drift_of, growth, held, readings
+from pytest_vram.measure.drift import drift_of, growth, held, readings
 from pytest_vram.measure.measurement import CaseInterrupted
 from pytest_vram.options import _leak_calls
-from pytest_vram.records.schema import Drift, Record
+from pytest_vram.records.resuming import is_done
+from pytest_vram.records.schema import CHECK_INTERRUPTED, Drift, Record
 from pytest_vram.report.frame import frame
 from pytest_vram.report.summary import drift as said
 from pytest_vram.report.summary import line, properties, summary
-from pytest_vram.resuming import is_done
 from tests.measure.tasks import MIB
 from tests.measure.test_measurement import Stage, card, cpu, cuda, server
 from tests.records.test_schema import record

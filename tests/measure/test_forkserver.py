@@ -1,6 +1,7 @@
 """Workers, forked and spawned: what they are, how they end, and that nothing of them stays."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ import psutil
 import pytest
 
 from pytest_vram.errors import StartError
+from pytest_vram.measure import forkserver
 from pytest_vram.measure.channel import Channel, Message
-from pytest_vram.measure.forkserver import TAIL_BYTES, ForkServer, Spawner, Starter, Worker
+from pytest_vram.measure.forkserver import MOST_RESTARTS, TAIL_BYTES, ForkServer, Spawner, Starter, Worker
 
 TASKS = "tests.measure.tasks"
 PARENT = """
@@ -293,19 +295,89 @@ def test_what_a_preload_prints_is_not_the_workers_output(tmp_path: Path, monkeyp
         server.close()
 
 
-def test_a_server_that_died_is_a_start_error_and_leaves_nothing(temporary: Path) -> None:
-    server = ForkServer(["json"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
+def test_a_server_that_is_lost_is_started_anew(
+    how: signal.Signals, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forkserver, "START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(forkserver, "CLOSE_TIMEOUT_S", 0.1)
+    server = ForkServer(["colorsys"])
     try:
-        with working(server, "facts") as worker:
-            parent = heard(worker)["parent"]
-        os.kill(parent, signal.SIGKILL)
-        descriptors = psutil.Process().num_fds()
-        with pytest.raises(StartError, match="server"):
-            server.start(f"{TASKS}:facts", {})
-        assert psutil.Process().num_fds() == descriptors
+        with working(server, "facts") as worker, working(server, "echo") as other:
+            parent, _ = heard(worker)["parent"], heard(other)
+            descriptors = psutil.Process().num_fds()
+            os.kill(parent, how)
+            with working(server, "facts", {"modules": ["colorsys"]}) as later:
+                facts = heard(later)
+                assert facts["parent"] != parent
+                assert facts["modules"] == ["colorsys"]
+            assert not alive(parent)
+            assert psutil.Process().num_fds() == descriptors
+            other.channel.send({"still": "there"})  # a worker outlives its server
+            assert heard(other)["message"] == {"still": "there"}
+            other.kill()
+            assert not alive(other.pid)
+        (loss,) = server.losses
+        assert ("killed by signal 9" if how == signal.SIGKILL else "gave no answer within 0.5 s") in loss
     finally:
         server.close()
     assert list(temporary.iterdir()) == []
+    assert server.losses == [loss]  # its end is none
+
+
+def test_a_server_that_is_lost_again_and_again_is_given_up(temporary: Path) -> None:
+    server = ForkServer(["json"])
+    try:
+        for _ in range(MOST_RESTARTS + 1):
+            with working(server, "facts") as worker:
+                parent = heard(worker)["parent"]
+                os.kill(parent, signal.SIGKILL)
+                assert gone([parent])
+        assert len(server.losses) == MOST_RESTARTS + 1
+        descriptors = psutil.Process().num_fds()
+        for _ in range(2):
+            with pytest.raises(StartError, match=r"^the fork server was killed by signal 9 .*; it has ended 4 times"):
+                server.start(f"{TASKS}:facts", {})
+        assert psutil.Process().num_fds() <= descriptors
+    finally:
+        server.close()
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_server_that_cannot_be_started_anew_says_why(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = temporary / "modules" / "once.py"
+    module.parent.mkdir()
+    module.write_text("")
+    monkeypatch.syspath_prepend(module.parent)
+    server = ForkServer(["once"])
+    try:
+        module.write_text("raise OSError('the disk is gone')")
+        with working(server, "facts") as worker:
+            os.kill(heard(worker)["parent"], signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(StartError, match=r"was killed by signal 9 .*, and then .*OSError: the disk is gone"):
+                server.start(f"{TASKS}:facts", {})
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_no_room_for_a_workers_output_is_a_start_error(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    starter: Starter = ForkServer(["json"]) if start == "fork" else Spawner()
+    try:
+        descriptors = psutil.Process().num_fds()
+        monkeypatch.setattr(tempfile, "mkstemp", full)
+        with pytest.raises(StartError, match="No space left on device: /"):
+            starter.start(f"{TASKS}:facts", {})
+        monkeypatch.undo()
+        assert psutil.Process().num_fds() == descriptors
+        with working(starter, "facts") as worker:
+            heard(worker)
+    finally:
+        starter.close()
 
 
 def test_a_server_that_dies_takes_no_worker_with_it_unseen(temporary: Path) -> None:

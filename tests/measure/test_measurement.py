@@ -1,5 +1,6 @@
 """One case through measure(), with workers that speak the protocol and hold no pipeline, and a GPU that is played."""
 
+import errno
 import json
 import math
 import os
@@ -15,26 +16,21 @@ import pytest
 from pytest_vram.cases.case import AnyCase, Case, OwnCase
 from pytest_vram.cases.models import read_model
 from pytest_vram.errors import StartError
-from pytest_vram.measure import nvml
+from pytest_vram.measure import measurement, nvml
 from pytest_vram.measure.channel import Channel, Message
 from pytest_vram.measure.exactness import References
 from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
 from pytest_vram.measure.job import job_of
 from pytest_vram.measure.machine import Device, Machine
-from pytest_vram.measure.measurement import (
-    SEARCH_INTERRUPTED,
-    CaseInterrupted,
-    Estimated,
-    Settings,
-    measure,
-)
+from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
 from pytest_vram.measure.recording import NEED_FIELDS
 from pytest_vram.measure.sampling import Sampler
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
-from pytest_vram.records.schema import Exactness, Failure, Memory, PhaseCost, Record, Time
+from pytest_vram.records.schema import SEARCH_INTERRUPTED, Exactness, Failure, Memory, PhaseCost, Record, Time
 from tests.measure.tasks import DIFFERENCE, MIB, ROUND
 
 TINY = read_model(Path(__file__).parents[1] / "models" / "tiny-sd.toml")
+KILLED = "was killed by signal 9 (the kernel does so when the host runs out of memory)"
 IDLE = 500 * MIB
 CARD = 16_000 * MIB
 
@@ -84,6 +80,10 @@ class Watched:
         worker.channel = self.channels[-1]
         return worker
 
+    @property
+    def losses(self) -> Sequence[str]:
+        return self._server.losses
+
     def wait(self, pid: int, timeout_s: float) -> int | None:
         return self._server.wait(pid, timeout_s)
 
@@ -95,6 +95,7 @@ class Broken:
     """Starts no worker."""
 
     name = "fork"
+    losses: Sequence[str] = ()
 
     def start(self, task: str, environ: Mapping[str, str]) -> Worker:
         raise StartError("the fork server is gone")
@@ -202,7 +203,7 @@ class Stage:
 
     @property
     def leftovers(self) -> list[int]:
-        return [pid for pid in self.starter.pids if psutil.pid_exists(pid)]
+        return [pid for pid in self.starter.pids if is_alive(pid)]
 
     @property
     def jobs(self) -> list[Message]:
@@ -212,6 +213,14 @@ class Stage:
     def probed(self) -> list[int]:
         """The caps of the probes, in bytes."""
         return [channel.told[1]["cap_bytes"] for channel in self.starter.channels if channel.told[0].get("probe")]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this process runs; one whose parent is gone may wait to be collected."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def case_of(*optimizations: str, limit_mib: int | None = None, **changes: Any) -> Case:
@@ -531,6 +540,24 @@ def test_a_probe_that_hangs_ends_the_search(cuda: Stage) -> None:
     assert len(cuda.probed) == 1
 
 
+def test_a_probe_has_no_longer_than_the_case_lets_expect(cuda: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "later_timeout_s", lambda timeout_s, first_s: 1.0 if first_s < timeout_s else 9.0)
+    record = cuda.search(below="hang")
+    assert_no_need(record, "no result within 1 s")
+    assert record.time.median_s == pytest.approx(1.0)
+
+
+def test_rounds_that_hang_are_not_waited_for_as_long_as_a_cold_call(
+    cpu: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement, "LEAST_S", 0.0)
+    monkeypatch.setattr(measurement, "LATER_FACTOR", 0.1)
+    record = cpu.measure(hangs=True)  # in three rounds of a second each, as it says
+    assert record.status == "timeout"
+    assert re.fullmatch(r"no result within 0\.\d+ s \(--vram-timeout\)", failure_of(record).message)
+    assert record.memory.weights_bytes == 300 * MIB  # what was found before is kept
+
+
 def test_folders_are_cut_from_why_there_is_no_need(cuda: Stage) -> None:
     text = f"no file {Path.home()}/models/a"
     assert_no_need(cuda.search(below={**OTHER, "message": text}), "no file ~/models/a")
@@ -754,8 +781,14 @@ def test_a_worker_that_is_killed(cpu: Stage) -> None:
     assert "out of memory" in failure.message  # of the host
 
 
-def test_a_worker_that_hangs(cpu: Stage) -> None:
-    record = cpu.measure("sleep", settings={"timeout_s": 0.2})
+def test_a_worker_that_crashes(cpu: Stage) -> None:
+    failure = failure_of(cpu.measure("die", signal=11))
+    assert (failure.phase, failure.message) == ("load", "the worker was killed by signal 11 in load")
+
+
+@pytest.mark.parametrize("task", ["sleep", "freeze"])
+def test_a_worker_that_hangs(cpu: Stage, task: str) -> None:
+    record = cpu.measure(task, settings={"timeout_s": 0.2})
     assert record.status == "timeout"
     assert failure_of(record) == Failure(phase="load", message="no result within 0.2 s in load (--vram-timeout)")
 
@@ -764,6 +797,50 @@ def test_a_worker_that_cannot_be_started(cpu: Stage) -> None:
     cpu.machine.starter = Broken()
     record = cpu.measure()
     assert (record.status, failure_of(record).message) == ("error", "the fork server is gone")
+
+
+def test_a_fork_server_that_dies_costs_neither_the_case_nor_the_next() -> None:
+    server = ForkServer(["tests.measure.tasks"])
+    try:
+        stage = Stage(server, "cuda", Card())
+        record = stage.search(kill_server=True)  # by the first worker
+        assert (record.status, record.failure) == ("ok", None)
+        assert record.memory.need_bytes  # by workers of another server
+        assert record.disturbed == f"the fork server {KILLED}"
+        assert stage.measure().disturbed is None
+    finally:
+        server.close()
+
+
+def test_a_fork_server_that_dies_with_its_worker_costs_the_case() -> None:
+    server = ForkServer(["tests.measure.tasks"])
+    try:
+        stage = Stage(server, "cpu")
+        record = stage.measure("die", kill_server=True)
+        assert record.status == "error"
+        assert failure_of(record).message.startswith("the worker ended, nobody knows how")
+        assert record.disturbed == f"the fork server {KILLED}"
+        assert stage.measure().status == "ok"
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("when", ["the case begins", "the need is searched"])
+def test_a_host_with_no_room_for_a_folder_costs_the_case_or_the_need(
+    cuda: Stage, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tempfile.gettempdir()}/x")
+
+    if when == "the case begins":
+        monkeypatch.setattr(measurement, "TemporaryDirectory", full)
+        record = cuda.search()
+        assert (record.status, failure_of(record).message) == ("error", "No space left on device: <tmp>/x")
+    else:
+        monkeypatch.setattr(measurement.CaseWorkers, "probe", full)
+        record = cuda.search()
+        assert_no_need(record, "^it failed, but not for memory: No space left on device: <tmp>/x$")
+        assert record.time.median_s == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("limit_mib", "limit"), [(None, CARD), (2000, 2000 * MIB)])

@@ -1,18 +1,35 @@
 """Run files and journals: nothing is lost in writing, nothing is believed in reading."""
 
+import errno
+import fcntl
+import io
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_vram.errors import RunFileError, UsageError
-from pytest_vram.records.files import Journal, new_path, read_journal, read_run, slug, unfinished, write_run
+from pytest_vram.errors import NotSaved, RunFileError, UsageError
+from pytest_vram.records import files
+from pytest_vram.records.files import (
+    TORN,
+    Journal,
+    Refused,
+    claim,
+    is_torn,
+    new_path,
+    read_journal,
+    read_run,
+    slug,
+    write_run,
+)
 from pytest_vram.records.schema import Record, Run
 from tests.records.test_schema import MIB, facts, own, record
 
@@ -213,6 +230,151 @@ def test_a_torn_last_line_is_left_out(kept: float, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(head + first + last[: int(kept * (len(last) - 1))], encoding="utf-8")
     assert ids(read_journal(path)) == ["sdxl/fp16/1024x1024/b1"]
+    refused: list[Refused] = []
+    read_journal(path, refused)
+    assert (refused, is_torn(path)) == ([Refused(None, TORN)], True)
+
+
+def test_a_whole_journal_is_not_torn(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(journal_lines(tmp_path, batch(1))), encoding="utf-8")
+    refused: list[Refused] = []
+    read_journal(path, refused)
+    assert (refused, is_torn(path)) == ([], False)
+    path.write_text("")
+    assert not is_torn(path)
+    assert not is_torn(tmp_path / "none.jsonl")
+
+
+# A disk with no room
+
+
+class Disk:
+    """Plays the system calls of the journal on a disk that has room for so many more bytes, or whose sync fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        self.synced = True
+        fsync = os.fsync
+
+        def sync(number: int) -> None:
+            if not self.synced:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fsync(number)
+
+        monkeypatch.setattr(os, "fsync", sync)
+
+    def fill(self, journal: Journal) -> None:
+        """Let the journal write to this disk."""
+        real = journal._file
+
+        class Full(io.FileIO):
+            def write(this, data: Any, /) -> int:
+                if self.room is not None and not self.room:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                taken = len(data) if self.room is None else min(len(data), self.room)
+                self.room = None if self.room is None else self.room - taken
+                return real.write(bytes(data[:taken]))
+
+            def truncate(this, size: int | None = None, /) -> int:
+                return real.truncate(size)
+
+            def fileno(this) -> int:
+                return real.fileno()
+
+            def close(this) -> None:
+                real.close()
+
+        journal._file = Full(os.devnull, "wb")
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.mark.parametrize("room", [0, 100, None], ids=["no room", "room for half a line", "no sync"])
+def test_what_there_is_no_room_for_is_written_later(room: int | None, disk: Disk, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.json", a_run())
+    journal.add(batch(1))
+    before = journal.path.read_bytes()
+    disk.fill(journal)
+    disk.room, disk.synced = room, room is not None
+    why = "Input/output error" if room is None else "No space left on device"
+    for size in (2, 4):
+        with pytest.raises(NotSaved, match=rf"^{journal.path} could not be written: {why}$"):
+            journal.add(batch(size))
+        assert journal.path.read_bytes() == before  # and no half of a line
+    assert journal.unsaved == 2
+    disk.room, disk.synced = None, True
+    journal.add(batch(8))
+    assert journal.unsaved == 0
+    assert [record.case.batch_size for record in read_journal(journal.path).records] == [1, 2, 4, 8]  # type: ignore[union-attr]
+    assert len(read_run(journal.finish(complete=True)).records) == 4
+
+
+def test_a_run_file_that_there_is_no_room_for_leaves_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "run.json", a_run())
+    journal.add(batch(1))
+    monkeypatch.setattr(json, "dump", no_room)
+    with pytest.raises(NotSaved, match=rf"^{tmp_path / 'run.json'} could not be written: No space left on device$"):
+        journal.finish(complete=True)
+    journal.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
+    assert ids(read_journal(journal.path)) == ["sdxl/fp16/1024x1024/b1"]
+
+
+def no_room(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_said_before_the_first_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(UsageError, match=r"^--vram-results: .* cannot be written: No space left on device$"):
+        Journal(tmp_path / "run.json", a_run())
+    assert not list(tmp_path.iterdir())
+
+
+# Two sweeps on one folder
+
+
+def test_a_journal_belongs_to_one_sweep_until_that_ends(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.json", a_run())
+    assert claim(journal.path) is None
+    with (tmp_path / "run.part").open("wb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match=r"another sweep writes run\.part"):
+            Journal(tmp_path / "run.json", a_run())
+    journal.close()
+    held = claim(journal.path)
+    assert held is not None
+    assert claim(journal.path) is None
+    held.close()
+
+
+def test_no_two_sweeps_of_one_second_share_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Still(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Still":
+            return cls(2026, 1, 1, tzinfo=tz)
+
+    drawn = iter(["aaaa", "aaaa", "bbbb", "bbbb", "aaaa", "cccc"])
+    monkeypatch.setattr(files, "datetime", Still)
+    monkeypatch.setattr(secrets, "token_hex", lambda size: next(drawn))
+    runs = [a_run([batch(size)]) for size in (1, 2, 4)]
+    paths = []
+    for number, run in enumerate(runs):
+        journal = Journal(new_path(tmp_path, {}), run)
+        paths.append(journal.finish(complete=True) if number else journal.path)
+        journal.close()
+    assert [path.name for path in paths] == [
+        "20260101T000000Z_nogit_aaaa.jsonl",
+        "20260101T000000Z_nogit_bbbb.json",
+        "20260101T000000Z_nogit_cccc.json",
+    ]
+    assert [ids(read_journal(paths[0])), *(ids(read_run(path)) for path in paths[1:])] == [ids(run) for run in runs]
 
 
 @pytest.mark.parametrize(
@@ -239,35 +401,6 @@ def test_a_journal_with_a_bad_head(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(text, encoding="utf-8")
     assert refusal(path)
-
-
-def test_unfinished_runs_the_newest_first(tmp_path: Path) -> None:
-    def name(day: int, suffix: str) -> Path:
-        return tmp_path / f"202611{day}T210000Z_1a2b3c4_9f0e{suffix}"
-
-    lines = "".join(journal_lines(tmp_path, batch(1)))
-    for day in (25, 21, 24):
-        name(day, ".jsonl").write_text(lines, encoding="utf-8")
-    write_run(name(20, ".json"), a_run(complete=False))
-    write_run(name(23, ".json"), a_run())
-    write_run(name(24, ".json"), a_run(complete=False))  # the journal beside it goes on with it
-    assert [path.name for path, _ in unfinished(tmp_path)] == [
-        name(25, ".jsonl").name,
-        name(24, ".jsonl").name,
-        name(21, ".jsonl").name,
-        name(20, ".json").name,
-    ]
-
-
-@pytest.mark.parametrize("content", ["not ours", "[]\n", "null\n", "{}\n"])
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_what_is_no_run_is_not_unfinished(suffix: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / f"run{suffix}").write_text(content, encoding="utf-8")
-    assert list(unfinished(tmp_path)) == []
-
-
-def test_no_folder_has_nothing_unfinished(tmp_path: Path) -> None:
-    assert list(unfinished(tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ CONFIDENCE = 0.95
 HOST_PER_CALL_BYTES = 256 << 10
 HOST_IN_ALL_BYTES = 4 << 20
 
-CHECK_INTERRUPTED = "the leak check was interrupted"
 NO_ALLOCATOR = "the CPU has no allocator statistics; host memory and live tensors were counted"
 
 

@@ -52,6 +52,7 @@ def describe(root: Path, *, start: str, name_host: bool) -> dict[str, Any]:
         **versions(),
         "commit": commit,
         "dirty": dirty,
+        **({"changes": changes(root)} if dirty else {}),
         "start": start,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -74,6 +75,16 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
         return git("rev-parse", "--short=7", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None
+
+
+def changes(root: Path) -> str | None:
+    """A hash of what tracked files hold beyond the commit, by which two dirty checkouts are told apart."""
+    try:
+        command = ["git", "-C", str(root), "diff", "--binary", "HEAD"]
+        found = subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return hashlib.sha256(found).hexdigest()[:12]
 
 
 def cpu_name() -> str:

@@ -39,15 +39,16 @@ class Estimates:
         capability: str | None = None,
         *,
         ahead: bool = True,
+        beside: int = 1,
     ) -> None:
         """`capability` is the GPU's compute capability, where it is known. `ahead` estimates cases that nobody has
-        asked for yet; off where others estimate them too."""
+        asked for yet; off where others estimate them too. `beside` is how many such objects share this machine."""
         self._capability = capability
         self._waiting = deque(case for case in cases if impossible(case.optimizations, "meta", case.weights) is None)
         self._models, self._starter = models, starter
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         room = psutil.virtual_memory().available // WORKER_HOST_BYTES
-        self._width = max(1, min(MOST_WORKERS, cpus, room))
+        self._width = max(1, min(MOST_WORKERS, cpus // beside, room // beside))
         self._ahead = ahead
         self._running: dict[Case, tuple[Worker, float]] = {}
         self._done: dict[Case, tuple[Message, float]] = {}
@@ -89,6 +90,8 @@ class Estimates:
     def result(self, case: Case, timeout_s: float) -> tuple[Message, float]:
         """The outcome of one case and the seconds it took; waits for it."""
         deadline = time.monotonic() + timeout_s
+        if not any(case in known for known in (self._waiting, self._running, self._done)):
+            self._waiting.appendleft(case)
         if case in self._waiting and not self._ahead:
             self._waiting.remove(case)
             self._start(case)
@@ -114,6 +117,10 @@ class Estimates:
         for number, case in enumerate(cases, 1):
             say(f"estimating {number} of {len(cases)}: {case.id}")
             self._done[case] = self.result(case, timeout_s)
+
+    def done(self) -> dict[Case, Message]:
+        """The outcomes so far."""
+        return {case: outcome for case, (outcome, _) in self._done.items()}
 
     def close(self) -> None:
         self._waiting.clear()

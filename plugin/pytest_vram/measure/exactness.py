@@ -1,6 +1,8 @@
 """What flags do to the image: the output of a case against that of the same case with its dtype alone."""
 
+import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,15 +31,21 @@ def reference_of(case: Case) -> Case | None:
 
 
 class References:
-    """The outputs that others are compared with, in a temporary folder until the session ends."""
+    """The outputs that others are compared with, in a temporary folder until the session ends.
 
-    def __init__(self, cases: Iterable[Case]) -> None:
-        self._folder = TemporaryDirectory(prefix="pytest-vram-")
+    The xdist workers of one sweep share a `folder`: what one has made the others find, and what is not there yet each
+    makes for itself.
+    """
+
+    def __init__(self, cases: Iterable[Case], folder: Path | None = None) -> None:
+        self._own = None if folder else TemporaryDirectory(prefix="pytest-vram-")
+        self._folder = folder or Path(self._own.name if self._own else "")
         self._wanted = {reference for case in cases if (reference := reference_of(case))}
         self._failed: dict[Path, str] = {}
 
     def _path(self, reference: Case, on_host: bool) -> Path:
-        return Path(self._folder.name) / f"{abs(hash((reference, on_host)))}.npy"
+        name = f"{reference.model_dump_json()} {on_host}"
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()}.npy"
 
     def keep(self, case: Case) -> Path | None:
         """Where this case leaves its output, if others are compared with it."""
@@ -62,7 +70,8 @@ class References:
         return reference, path
 
     def close(self) -> None:
-        self._folder.cleanup()
+        if self._own:
+            self._own.cleanup()
 
 
 # In the worker
@@ -83,7 +92,7 @@ def save_output(output: Any, path: Path) -> None:
     """Keep the output for others; whole or not at all."""
     import numpy
 
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # two processes may make the same one
     with partial.open("wb") as file:
         numpy.save(file, pixels(output), allow_pickle=False)
     partial.rename(path)

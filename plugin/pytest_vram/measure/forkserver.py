@@ -33,6 +33,8 @@ PRELOAD_ENVIRON = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 PRELOAD_TIMEOUT_S = 300.0
 START_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 5.0
+MOST_RESTARTS = 3  # of a server that ends, in a session: what kills it every time is not mended by one more
 TAIL_BYTES = 4000
 _SERVE = (
     "import json,sys; sys.path[:] = json.loads(sys.argv[1]);"
@@ -54,14 +56,16 @@ class Worker:
 
     def kill(self) -> None:
         """End the worker and whatever it started, and wait for it."""
-        for send in (os.killpg, os.kill):
-            with contextlib.suppress(OSError):
-                send(self.pid, signal.SIGKILL)
-        self.wait(10)
-        self.close()
+        try:
+            for send in (os.killpg, os.kill):
+                with contextlib.suppress(OSError):
+                    send(self.pid, signal.SIGKILL)
+            self.wait(10)
+        finally:
+            self.close()
 
     def wait(self, timeout_s: float) -> int | None:
-        """The return code (negative for a signal), or None if it has not ended by then."""
+        """The return code (negative for a signal), or None if it has not ended by then, or nobody knows how it has."""
         if self._returncode is None:
             self._returncode = self._starter.wait(self.pid, timeout_s)
         return self._returncode
@@ -83,6 +87,10 @@ class Starter(Protocol):
 
     name: str
 
+    @property
+    def losses(self) -> Sequence[str]:
+        """How the servers of this session have ended that ended before their time."""
+
     def start(self, task: str, environ: Mapping[str, str]) -> Worker: ...
 
     def wait(self, pid: int, timeout_s: float) -> int | None: ...
@@ -91,12 +99,23 @@ class Starter(Protocol):
 
 
 def _output_file() -> tuple[int, Path]:
-    fd, name = tempfile.mkstemp(prefix="pytest-vram-", suffix=".log")
+    try:
+        fd, name = tempfile.mkstemp(prefix="pytest-vram-", suffix=".log")
+    except OSError as error:  # no room
+        raise StartError(f"no worker could be started: {error.strerror}: {tempfile.gettempdir()}") from error
     return fd, Path(name)
 
 
+class _Lost(StartError):
+    """The server is gone, or stuck."""
+
+
 class ForkServer:
-    """Workers in milliseconds: forked from one process that has done the imports."""
+    """Workers in milliseconds: forked from one process that has done the imports.
+
+    A server that ends is started anew when the next worker is asked for, up to `MOST_RESTARTS` times. The workers it
+    had go on: each has a channel of its own, and only its return code is not known any more.
+    """
 
     name = "fork"
 
@@ -107,12 +126,26 @@ class ForkServer:
         Raises:
             StartError: with the reason, when an import fails.
         """
-        ours, theirs = socket.socketpair()
+        self._preload = list(preload)
+        self._losses: list[str] = []
         self._exited: dict[int, int] = {}
+        self._children: set[int] = set()
+        self._orphans: set[int] = set()  # whose server is gone
+        self._given_up: str | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
         self._socket = ours
-        fd, self._output = _output_file()
-        command = [sys.executable, "-c", _SERVE, json.dumps(sys.path), str(theirs.fileno()), json.dumps(list(preload))]
+        self._lost = False
+        try:
+            fd, self._output = _output_file()
+        except StartError:
+            ours.close()
+            theirs.close()
+            raise
+        command = [sys.executable, "-c", _SERVE, json.dumps(sys.path), str(theirs.fileno()), json.dumps(self._preload)]
         with theirs, os.fdopen(fd) as output:
             self._process = subprocess.Popen(
                 command,
@@ -135,50 +168,122 @@ class ForkServer:
             self.close()
             raise StartError(f"the fork server could not import what it needs: {(ready or {}).get('error', 'timeout')}")
 
+    @property
+    def losses(self) -> Sequence[str]:
+        if not self._lost and self._given_up is None and self._process.poll() is not None:
+            self._lose(_how_it_ended(self._process.returncode))
+        return self._losses
+
+    def _lose(self, how: str) -> None:
+        """The server has ended before its time."""
+        self._lost = True
+        self._losses.append(f"the fork server {how}")
+        self._orphans |= self._children
+        self._children.clear()
+
     def start(self, task: str, environ: Mapping[str, str]) -> Worker:
-        """A new worker; its job goes over its channel."""
-        ours, theirs = socket.socketpair()
+        """A new worker; its job goes over its channel. Where the server is gone it is started anew first.
+
+        Raises:
+            StartError: where it cannot be, or the machine has no room for one more process.
+        """
+        if self._given_up is not None:
+            raise StartError(self._given_up)
+        try:
+            return self._start(task, environ)
+        except _Lost as lost:
+            how = _how_it_ended(self._process.poll()) if self._process.poll() is not None else str(lost)
+        if not self._lost:
+            self._lose(how)
+        self.close()
+        if len(self._losses) > MOST_RESTARTS:
+            self._given_up = f"{self._losses[-1]}; it has ended {len(self._losses)} times and is not started again"
+            raise StartError(self._given_up)
+        try:
+            self._begin()
+        except StartError as error:
+            self._given_up = f"{self._losses[-1]}, and then {str(error).removeprefix('the fork server ')}"
+            raise StartError(self._given_up) from error
+        return self._start(task, environ)
+
+    def _start(self, task: str, environ: Mapping[str, str]) -> Worker:
         fd, output = _output_file()
         os.close(fd)
         request = json.dumps({"task": task, "environ": dict(environ), "output": str(output)}).encode() + b"\n"
+        ours, theirs = socket.socketpair()
+        lost = ""
+        message: Message | None = {}
         try:
             with theirs:
                 socket.send_fds(self._socket, [request], [theirs.fileno()])
             while (message := self._receive(START_TIMEOUT_S)) is not None and "exited" in message:
                 pass
         except (OSError, Closed):
-            message = {"failed": f"it is gone: {_tail(self._output)}"}
-        if message is None:  # whatever it says later belongs to no request
-            self.close()
-            message = {"failed": f"no answer within {START_TIMEOUT_S:g} s"}
-        if "failed" in message:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(CLOSE_TIMEOUT_S)  # what it ended with is known in a moment
+            lost = f"is gone: {_tail(self._output)}"
+        if message is None:
+            lost = f"gave no answer within {START_TIMEOUT_S:g} s"
+        if lost or message is None or "failed" in message:
             ours.close()
             output.unlink(missing_ok=True)
+            if lost or message is None:
+                raise _Lost(lost)
             raise StartError(f"the fork server could not start a worker: {message['failed']}")
-        return Worker(int(message["started"]), Channel(ours), output, self)
+        pid = int(message["started"])
+        self._children.add(pid)
+        self._orphans.discard(pid)  # an earlier process of this number
+        return Worker(pid, Channel(ours), output, self)
 
     def _receive(self, timeout_s: float) -> Message | None:
         message = self._channel.receive(timeout_s)
         if message and "exited" in message:
-            self._exited[int(message["exited"])] = int(message["returncode"])
+            pid = int(message["exited"])
+            self._exited[pid] = int(message["returncode"])
+            self._children.discard(pid)
         return message
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
         deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(Closed):
-            while pid not in self._exited and (left := deadline - time.monotonic()) > 0:
-                self._receive(left)
+        if pid not in self._orphans:
+            try:
+                while pid not in self._exited and (left := deadline - time.monotonic()) > 0:
+                    self._receive(left)
+            except (Closed, OSError):
+                self._orphans.add(pid)
+        if pid in self._orphans:  # nobody says when it ends
+            while not _has_ended(pid) and time.monotonic() < deadline:
+                time.sleep(0.01)
         return self._exited.pop(pid, None)
 
     def close(self) -> None:
+        if self._process.poll() is None:
+            self._lost = True  # from now on its end is none before its time
         self._channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self._process.wait(CLOSE_TIMEOUT_S)
         if self._process.poll() is None:
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._output.unlink(missing_ok=True)
+
+
+def _how_it_ended(returncode: int | None) -> str:
+    if returncode is not None and returncode < 0:
+        hint = " (the kernel does so when the host runs out of memory)" if returncode == -signal.SIGKILL else ""
+        return f"was killed by signal {-returncode}{hint}"
+    return f"ended with exit code {returncode}"
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether this process, which is no child of ours, is gone or will be once its parent looks."""
+    import psutil  # which the server does without
+
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _environ() -> dict[str, str]:
@@ -189,13 +294,14 @@ class Spawner:
     """Workers that each import everything anew: where a forked process cannot use the GPU."""
 
     name = "spawn"
+    losses: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, task: str, environ: Mapping[str, str]) -> Worker:
-        ours, theirs = socket.socketpair()
         fd, output = _output_file()
+        ours, theirs = socket.socketpair()
         command = [
             sys.executable,
             "-c",

@@ -1,5 +1,6 @@
 """The worker's task: build a pipeline, call it, and report what that took; or probe whether it fits under a cap."""
 
+import contextlib
 import gc
 import math
 import re
@@ -235,9 +236,14 @@ class _Generation:
     def fail(self, error: Exception, ooms_before: int) -> None:
         """A failure is a result: where, why, and what was held until then."""
         plainly = out_of_memory(error)  # some pipelines swallow that error and die of the next one
-        swallowed = not plainly and self.device.out_of_memory_errors() > ooms_before
-        traceback.print_exception(error)  # into the worker's output, whose end goes into the record
-        sys.stderr.flush()
+        try:
+            totals, ooms = self.totals(), self.device.out_of_memory_errors()
+        except RuntimeError:  # the error has spoilt the CUDA context
+            totals, ooms = {}, ooms_before
+        swallowed = not plainly and ooms > ooms_before
+        with contextlib.suppress(OSError):  # the disk is full
+            traceback.print_exception(error)  # into the worker's output, whose end goes into the record
+            sys.stderr.flush()
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         self.reporter.ask(
             "failed",
@@ -246,7 +252,7 @@ class _Generation:
             phase=self.phase,
             requested_bytes=requested_bytes(message),
             message=message,
-            **{**self.totals(), **self.found},
+            **{**totals, **self.found},
         )
 
 

@@ -1,5 +1,6 @@
 """One case measured in fresh workers: starts them, talks to them, samples NVML meanwhile, searches the need."""
 
+import signal
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from pytest_vram.cases.case import AnyCase, Case
 from pytest_vram.errors import StartError
 from pytest_vram.measure.channel import Closed, Message
-from pytest_vram.measure.drift import CHECK_INTERRUPTED, with_drift, without_drift
+from pytest_vram.measure.drift import with_drift, without_drift
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.exactness import NoReference, References
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
@@ -21,22 +22,33 @@ from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, No
 from pytest_vram.measure.recording import record_of, skipped, with_exactness, with_need, with_others, without_need
 from pytest_vram.measure.runs import WorkerRun
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
+from pytest_vram.measure.timeout import LATER_FACTOR, LEAST_S, later_timeout_s
 from pytest_vram.pipelines.optimizations import chosen, gpus_of, impossible
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
-from pytest_vram.records.schema import NOT_SEARCHED, Failure, GpuMemory, Record, Wall, above_the_card
+from pytest_vram.records.schema import (
+    CHECK_INTERRUPTED,
+    NOT_FOR_MEMORY,
+    NOT_SEARCHED,
+    SEARCH_INTERRUPTED,
+    Failure,
+    GpuMemory,
+    Record,
+    Wall,
+    above_the_card,
+)
 
 FOLLOW_S = 30.0  # until the workers beside the first have reported, too
 GENERATION = "pytest_vram.measure.generation:run"
-SEARCH_INTERRUPTED = "the search for the need was interrupted"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure; seconds. `interval_s` None turns sampling off, to see what it costs."""
+    """How to measure; seconds. `interval_s` None turns sampling off, to see what it costs; `timeout_s` None is what
+    measure/timeout.py says of a case without an estimate."""
 
     rounds: int | None = None
     round_budget_s: float = 3.0
-    timeout_s: float = 600.0
+    timeout_s: float | None = None
     save_images: str | None = None
     workers: int = 1
     interval_s: float | None = MEMORY_INTERVAL_S
@@ -86,10 +98,20 @@ def measure(
     weights = getattr(case, "weights", "pretrained")
     if reason := impossible(case.optimizations, machine.device, weights, len(machine.gpus)):
         return skipped(reason, common)
-    with TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True) as caches:
+    lost = len(machine.starter.losses)
+    try:
+        folder = TemporaryDirectory(prefix="pytest-vram-", ignore_cleanup_errors=True)
+    except OSError as error:
+        return _not_measured(_no_room(error), common, 0.0)
+    with folder as caches:
         measurer = CaseWorkers(case, job, machine, settings, say, Path(caches))
         record = _measured(measurer, estimated, references, common)
-        return _checked_for_leaks(record, measurer) if settings.leak_calls else record
+        if settings.leak_calls:
+            record = _checked_for_leaks(record, measurer)
+    if not (lately := machine.starter.losses[lost:]):
+        return record
+    disturbed = "; ".join(filter(None, [record.disturbed, *lately]))
+    return record.model_copy(update={"disturbed": disturbed})
 
 
 def _measured(
@@ -101,11 +123,9 @@ def _measured(
         against, no_reference = measurer.compare(references)
         runs = measurer.rounds()
     except KeyboardInterrupt:
-        wall = Wall(total_s=time.monotonic() - began)
-        failure = Failure(message="interrupted")
-        nothing = {"memory": "interrupted", "time": "interrupted"}
-        record = Record(status="error", failure=failure, wall=wall, unavailable=nothing, **common)
-        raise CaseInterrupted(record) from None
+        raise CaseInterrupted(_not_measured("interrupted", common, time.monotonic() - began)) from None
+    except OSError as error:
+        return _not_measured(_no_room(error), common, time.monotonic() - began)
     if runs[-1].outcome["event"] == "skipped":
         return skipped(without_paths(runs[-1].outcome["message"]), common)
     record = record_of(case, machine, runs, time.monotonic() - began, common)
@@ -126,6 +146,8 @@ def _measured(
         raise CaseInterrupted(without_need(after_search(), SEARCH_INTERRUPTED)) from None
     except NoNeed as error:
         return without_need(after_search(), without_paths(str(error)))
+    except OSError as error:
+        return without_need(after_search(), f"{NOT_FOR_MEMORY}: {_no_room(error)}")
     return with_need(after_search(), needs, machine)
 
 
@@ -142,6 +164,18 @@ def _checked_for_leaks(record: Record, measurer: "CaseWorkers") -> Record:
     assert record.wall
     wall = record.wall.model_copy(update={"total_s": record.wall.total_s + time.monotonic() - began})
     return with_drift(record.model_copy(update={"wall": wall}), outcome, measurer.machine.device)
+
+
+def _not_measured(message: str, common: dict[str, Any], seconds: float) -> Record:
+    """The record of a case of which nothing is known."""
+    failure, nothing = Failure(message=message), {"memory": message, "time": message}
+    return Record(status="error", failure=failure, wall=Wall(total_s=seconds), unavailable=nothing, **common)
+
+
+def _no_room(error: OSError) -> str:
+    """Why this process could not make what a worker needs, such as a temporary folder."""
+    where = f": {without_paths(str(error.filename))}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 class CaseWorkers:
@@ -164,6 +198,8 @@ class CaseWorkers:
         self.gpus = gpus_of(case.optimizations)
         self.processes = any(optimization.processes for optimization in chosen(case.optimizations))
         self.probes = 0
+        self.timeout_s = settings.timeout_s or LEAST_S
+        self._first_s: float | None = None  # what the first worker has taken that completed
         self.others: set[int] = set()  # processes that were seen on the GPU beside a worker
         self._room = 0
         self._capped = list(range(self.gpus))  # of the GPUs those whose allocator gets the cap
@@ -173,7 +209,7 @@ class CaseWorkers:
             "device": machine.device,
             "rounds": settings.rounds,
             "round_budget_s": settings.round_budget_s,
-            "timeout_s": settings.timeout_s,
+            "timeout_s": self.timeout_s,
             "save_images": settings.save_images,
             "gpus": 1 if self.processes else self.gpus,
         }
@@ -207,7 +243,10 @@ class CaseWorkers:
         """As many workers as were asked for, or up to the first that fails."""
         runs: list[WorkerRun] = []
         while len(runs) < self.settings.workers and all(run.done for run in runs):
+            began = time.monotonic()
             runs.append(self._limited())
+            if runs[-1].done and self._first_s is None:
+                self._first_s = time.monotonic() - began
         return runs
 
     def _limited(self) -> WorkerRun:
@@ -284,7 +323,7 @@ class CaseWorkers:
                 self._swallows = self._worker(self._room, probe=True).done
             memory_is_why = self._swallows
         if not memory_is_why:
-            raise NoNeed(f"within {room} it failed, but not for memory: {outcome['message']}")
+            raise NoNeed(f"within {room} {NOT_FOR_MEMORY}: {outcome['message']}")
         return Probe(cap, False, failed_in=outcome.get("phase"))
 
     def calls_again(self) -> Message:
@@ -385,7 +424,8 @@ class CaseWorkers:
             sampler.pid = worker.pid
         first, *others = (WorkerRun({}, sampler) for sampler in samplers)
         first.peers = others
-        conversation = _Conversation(worker, first, interval_s, self.say, began, settings.timeout_s)
+        timeout_s = self.timeout_s if self._first_s is None else later_timeout_s(self.timeout_s, self._first_s)
+        conversation = _Conversation(worker, first, interval_s, self.say, began, timeout_s)
         if job:
             conversation.say = lambda _: None
         return conversation
@@ -438,6 +478,7 @@ class _Conversation:
             elif event == "rounds":
                 self.rounds, self.found = message["count"], message["found"]
                 self.say(f"{self.rounds} rounds of about {message['pilot_s']:.2f} s")
+                self._expect(LEAST_S + LATER_FACTOR * self.rounds * message["pilot_s"])
                 for sampler in samplers:
                     sampler.begin_batch()
             elif event == "round":
@@ -468,9 +509,15 @@ class _Conversation:
             run.outcome = {"event": message["event"], **figures}
         self.run.outcome = message
 
+    def _expect(self, seconds: float) -> None:
+        """The result is to come within these seconds from now, unless it was to come before."""
+        sooner_s = self.deadline - time.monotonic() - seconds
+        if sooner_s > 0:
+            self.deadline, self.timeout_s = self.deadline - sooner_s, self.timeout_s - sooner_s
+
     def _time_out(self) -> None:
         where = f" in {self.phase}" if self.phase else ""
-        self.fail("timeout", f"no result within {self.timeout_s:g} s{where} (--vram-timeout)")
+        self.fail("timeout", f"no result within {self.timeout_s:.4g} s{where} (--vram-timeout)")
 
     def fail(self, status: str, message: str) -> None:
         """The worker says no more: what it had found before the rounds is kept."""
@@ -493,11 +540,13 @@ def _died(worker: Worker, phase: str | None) -> str:
     code = worker.wait(5)
     if code is not None and code < 0:
         cause = f"was killed by signal {-code}"
-        if code == -9:
+        if code == -signal.SIGKILL:
             cause += " (the kernel does so when the host runs out of memory)"
+    elif code is None:
+        cause = "ended, nobody knows how: the fork server was gone before it"
     else:
         cause = f"ended with exit code {code}"
     lines = [line for line in worker.output_tail().splitlines() if line.strip()]
-    last = f": {lines[-1].strip()}" if lines and code != -9 else ""
+    last = f": {lines[-1].strip()}" if lines and code not in (-signal.SIGKILL, -signal.SIGSEGV) else ""
     where = f" in {phase}" if phase else ""
     return f"the worker {cause}{where}{last}"

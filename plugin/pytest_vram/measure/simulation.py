@@ -31,7 +31,10 @@ TOLERANCE = 8 * MIB
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes; `phases` are allocated peaks. On a GPU with room, but for `need`."""
+    """Bytes; `phases` are allocated peaks. On a GPU with room, but for `need`.
+
+    `flops` are the floating-point operations of matrix products and convolutions, of one step in `denoise` and of one
+    call in the other phases."""
 
     weights: int
     allocated_peak: int
@@ -40,6 +43,7 @@ class Estimate:
     phases: dict[str, int]
     effects: dict[str, str]
     gpus: list[dict[str, int]] = field(default_factory=list)
+    flops: dict[str, float] = field(default_factory=dict)
 
 
 def simulate(model: Model, case: Case, capability: float = HOPPER) -> Estimate:
@@ -78,7 +82,8 @@ def _on_gpu(model: Model, case: Case, capability: float, gpu: int) -> Estimate:
             for module in modules_in_order(components):
                 for change in changes:
                     change(module)
-        with OneDevice(), Trace(capability, gpu) as trace:
+        with OneDevice() as one_device, Trace(capability, gpu) as trace:
+            one_device.compute = trace.compute
             pipe: Any = assemble(model, components, _execution_device=property(lambda _: CPU))
             if not offloaded:
                 places = {name: at for o in optimizations for name, at in o.gpu_of(components).items()}
@@ -103,6 +108,7 @@ def _on_gpu(model: Model, case: Case, capability: float, gpu: int) -> Estimate:
         need=need,
         phases=free.phases,
         effects=effects,
+        flops={n: flops / CALLS / (STEPS if n == "denoise" else 1) for n, flops in trace.flops.items() if n != "load"},
     )
 
 

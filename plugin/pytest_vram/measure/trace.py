@@ -25,6 +25,12 @@ OLDER_CUBLAS_WORKSPACE = (4096 * 2 + 16 * 8) << 10
 HOPPER = 9.0
 MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._scaled_mm.default}
 MATMULS |= {aten.linear.default, aten.matmul.default}  # which are taken apart before, but in `KERNELS`
+# Matrix products that come as one operator and call none of those above; rows of the first argument are multiplied.
+OTHER_MATMULS = {
+    "aten::_weight_int4pack_mm",
+    "bitsandbytes::int8_mixed_scaled_mm",
+    "bitsandbytes::int8_scaled_mm",
+}
 SHAPE_FROM_VALUES = {"aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"}
 
 FUSED_4BIT_ROWS = 4  # _GEMM_4BIT_CUSTOM_FLOOR_M of bitsandbytes 0.50; of some shapes it fuses up to 1536
@@ -106,6 +112,8 @@ class Trace(TorchDispatchMode):
         self._shapes: dict[Any, Any] = {}
         self._used_cublas = False
         self._host = False
+        self.flops: dict[str, float] = {}  # floating-point operations of matrix products and convolutions, by phase
+        self._phase = "load"
 
     # What is recorded
 
@@ -129,6 +137,11 @@ class Trace(TorchDispatchMode):
     def enter(self, phase: str) -> None:
         """A phase begins."""
         self.events.append((0, f"enter:{phase}"))
+        self._phase = phase
+
+    def compute(self, multiplications: float) -> None:
+        """So many pairs of numbers are multiplied and added."""
+        self.flops[self._phase] = self.flops.get(self._phase, 0.0) + 2 * multiplications
 
     @contextmanager
     def host(self) -> Iterator[None]:
@@ -181,7 +194,11 @@ class Trace(TorchDispatchMode):
             return NotImplemented  # a quantized tensor holds nothing itself: it calls operators on its parts
         if (kernel := KERNELS.get(func._schema.name)) and any(t.is_meta for t in _tensors_in(args)):
             with self:
-                return kernel(*args, **(kwargs or {}))
+                out = kernel(*args, **(kwargs or {}))
+            if func._schema.name in OTHER_MATMULS:
+                product = next(_tensors_in(out if isinstance(out, tuple) else (out,)))
+                self.compute(product.numel() * args[0].shape[-1])
+            return out
         if self._host:
             out = self._run(func, args, kwargs or {})
             for tensor in _tensors_in((out,)):
@@ -195,9 +212,12 @@ class Trace(TorchDispatchMode):
             self.on_host(out)
         for tensor in _tensors_in((out,)):
             self.track(tensor)
-        if not self._used_cublas and func in MATMULS:
-            self._used_cublas = True
-            self.malloc(self._cublas_workspace)
+        if func in MATMULS:
+            factor = args[1] if func in (aten.addmm.default, aten.baddbmm.default) else args[0]
+            self.compute(out.numel() * factor.shape[-1])
+            if not self._used_cublas:
+                self._used_cublas = True
+                self.malloc(self._cublas_workspace)
         return out
 
     def _convolution(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
@@ -210,6 +230,8 @@ class Trace(TorchDispatchMode):
         copies = [] if sample.is_contiguous(memory_format=wanted) else [self.malloc(_nbytes(sample))]
         inferred = self._run(func, args, kwargs)
         out: torch.Tensor = inferred
+        transposed = args[6]
+        self.compute((sample if transposed else out).numel() * weight[0].numel())
         if not inferred.is_contiguous(memory_format=wanted):
             out = aten.empty.memory_format(inferred.shape, dtype=inferred.dtype, device=META, memory_format=wanted)
         self.track(out)
@@ -368,7 +390,11 @@ def _is_fused() -> bool:
 
 
 class OneDevice(TorchFunctionMode):
-    """The pipeline sees one device: a move is a cast or nothing. Attention takes a fused kernel's memory."""
+    """The pipeline sees one device: a move is a cast or nothing. Attention takes a fused kernel's memory.
+
+    `compute` is told of what a fused kernel multiplies."""
+
+    compute: Callable[[float], None] = staticmethod(lambda multiplications: None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -389,8 +415,10 @@ class OneDevice(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def _attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> torch.Tensor:
         *batch, heads, length, _channels = query.shape  # fused kernels write (batch, length, heads, channels)
+        self.compute(query.numel() * key.shape[-2] * 2)
         shape = (*batch, length, heads, value.shape[-1])
         return torch.empty(shape, dtype=query.dtype, device=META).transpose(-2, -3)

@@ -1,11 +1,13 @@
 """Several runs of one sweep as one: its shards, or what GPUs of one kind measured side by side."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pytest_vram.cases.shard import Shard
 from pytest_vram.errors import RunFileError, UsageError
+from pytest_vram.records.files import best_records
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import Record, Run
 
@@ -79,6 +81,37 @@ def merge(runs: Sequence[ReadRun]) -> Merged:
     return Merged(first.run.model_copy(update=update), dropped, missing)
 
 
+def joined(runs: Sequence[ReadRun], order: Sequence[str]) -> Run:
+    """The run that one sweep's xdist workers kept in these journals, its records in this order of ids.
+
+    The environment is what they share, as in `merge`; `environment.merged` has which GPU measured which cases.
+    """
+    first = runs[0].run
+    environment = first.environment
+    if len(runs) > 1:
+        environment = _environment(runs)
+        for run, part in zip(runs, environment["merged"], strict=True):
+            part["cases"] = [record.id for record in run.records]
+    aliases: dict[str, list[str]] = {}
+    for run in runs:
+        aliases |= run.run.aliases
+    place = {id: number for number, id in enumerate(order)}
+    records = best_records(run.run for run in runs)
+    records.sort(key=lambda record: place.get(record.id, place.get(record.id.rpartition("#")[0], len(place))))
+    return first.model_copy(update={"environment": environment, "aliases": aliases, "records": records})
+
+
+def apart(environment: Mapping[str, Any]) -> str:
+    """What keeps runs apart, as text: runs for which it is the same may be one."""
+    return json.dumps(_apart(environment), sort_keys=True, default=str)
+
+
+def _apart(environment: Mapping[str, Any]) -> dict[str, Any]:
+    driver = environment.get("driver")
+    branch = {"driver": driver.split(".")[0]} if isinstance(driver, str) else {}
+    return {key: {**environment, **branch}.get(key) or None for key in ENVIRONMENT}
+
+
 def _shard(run: ReadRun) -> Shard | None:
     text = run.run.options.get("shard")
     if text is None:
@@ -111,13 +144,11 @@ def _check(first: ReadRun, other: ReadRun) -> None:
 
 def _same(run: ReadRun) -> list[tuple[str, Any]]:
     """What must be the same, by name."""
-    shard, environment = _shard(run), run.run.environment
-    driver = environment.get("driver")
-    branch = {"driver": driver.split(".")[0]} if isinstance(driver, str) else {}
+    shard = _shard(run)
     return [
         ("sweep", run.run.sweep),
         ("shards", shard and shard.of),
-        *((key, {**environment, **branch}.get(key) or None) for key in ENVIRONMENT),
+        *_apart(run.run.environment).items(),
         *((key, run.run.options.get(key) or None) for key in OPTIONS),
     ]
 

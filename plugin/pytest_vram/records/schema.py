@@ -21,7 +21,11 @@ ASSUMED_CONTEXT_BYTES = 768 << 20
 ROUNDOFF = {"fp32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
 EXACT_WITHIN_ROUNDOFFS = 4  # of values from 0 to 1: in half precision half a level of an 8-bit image
 
-NOT_SEARCHED = "not searched (--vram-no-need)"  # why a record has no need, where nobody asked for it
+# Why a record has no need: nobody asked for it, or the search was cut short, which a resumed sweep makes up for.
+NOT_SEARCHED = "not searched (--vram-no-need)"
+SEARCH_INTERRUPTED = "the search for the need was interrupted"
+CHECK_INTERRUPTED = "the leak check was interrupted"
+NOT_FOR_MEMORY = "it failed, but not for memory"
 
 # What slows a GPU beyond its power cap, by the names that measure/nvml.py gives to NVML's reasons.
 ABNORMAL = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
@@ -237,6 +241,7 @@ class Run(_Part):
     environment: Annotated[dict[str, Any], AfterValidator(_writable)]
     sweep: Text
     complete: bool = True
+    wall_s: float | None = Field(default=None, ge=0, lt=1e9, allow_inf_nan=False)  # of the session that wrote it
     aliases: dict[Text, list[Text]] = {}
     options: dict[str, Any] = {}
     records: list[Record] = []

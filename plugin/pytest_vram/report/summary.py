@@ -168,13 +168,14 @@ def line(record: Record) -> str:
     return printable(", ".join(parts))
 
 
-def where_time_went(records: Iterable[Record], wall_s: float) -> str:
-    """How much of the wall time was measurement."""
+def where_time_went(records: Iterable[Record], wall_s: float, gpus: int = 1) -> str:
+    """How much of the wall time was measurement, of so many GPUs at a time."""
     walls = [record.wall for record in records if record.wall and record.method == "measured"]
     parts = ("load", "warmup", "rounds", "need")
     load, warmup, rounds, need = (sum(getattr(wall, f"{part}_s") for wall in walls) for part in parts)
-    share = (load + warmup + rounds + need) / wall_s if wall_s else 0.0
+    share = (load + warmup + rounds + need) / (gpus * wall_s) if wall_s else 0.0
+    each = f" on {gpus} GPUs" if gpus > 1 else ""
     return (
-        f"{wall_s:.0f} s of wall time, {share:.0%} of it measurement: "
+        f"{wall_s:.0f} s of wall time{each}, {share:.0%} of it measurement: "
         f"load {load:.0f} s, warm-up {warmup:.0f} s, rounds {rounds:.0f} s, need {need:.0f} s"
     )
