@@ -96,7 +96,8 @@ class Manager:
         if self.session is None:
             from pytest_vram.session import SweepSession
 
-            self.session = SweepSession(read(self.config), self.config.rootpath, self.say, self.tell, part=self.part)
+            root, part = self.config.rootpath, self.part
+            self.session = SweepSession(read(self.config), root, self.say, self.tell, part=part)
         return self.session
 
     def refuse(self, problem: str) -> NoReturn:
@@ -371,8 +372,8 @@ class Manager:
             for written in session.written:
                 terminalreporter.write_line(summary(written.records, written.run.aliases))
             terminalreporter.write_line(legend())
-            found = [caveats(written.run.environment).items() for written in session.written]
-            for what, why in dict.fromkeys(one for each in found for one in each):
+            found = [caveat for one in session.written for caveat in caveats(one.run.environment).items()]
+            for what, why in dict.fromkeys(found):
                 terminalreporter.write_line(f"vram: {what}: {why}")
             if session.options.device != "meta":
                 gpus = len(self.controller.gpus) if self.controller else 1

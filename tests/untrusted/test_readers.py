@@ -19,9 +19,10 @@ from pytest_vram.compare.comparison import comparison_json, read_comparison
 from pytest_vram.compare.finding import find_run, read_one
 from pytest_vram.errors import NotComparable, RunFileError, UsageError
 from pytest_vram.pipelines.optimizations import parse_optimizations
-from pytest_vram.records.files import folder_of, new_path, read_journal, read_run, read_text, slug, unfinished
+from pytest_vram.records.files import folder_of, new_path, read_journal, read_run, read_text, slug
 from pytest_vram.records.merging import merge
 from pytest_vram.records.reading import read_runs
+from pytest_vram.records.resuming import unfinished
 from pytest_vram.report.cards import find_card, read_cards
 from pytest_vram.report.checking import differences, made_from
 from pytest_vram.report.comparing import as_markdown, table
