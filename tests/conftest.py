@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pytest_vram.cases.models import Model, read_model
 
 HERE = Path(__file__).parent
+# The same few examples each time; --hypothesis-profile=thorough looks for new ones, for as long as that takes.
+slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+settings.register_profile(
+    "quick", max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=slow_is_fine
+)
+settings.register_profile(
+    "thorough", max_examples=5000, deadline=None, database=None, suppress_health_check=slow_is_fine
+)
+settings.load_profile("quick")
+
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
     del os.environ[name]  # what the tests start is no worker of theirs
 

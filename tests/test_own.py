@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,6 +88,24 @@ def test_bad_call(vram):
 
 def test_refused(vram):
     vram.measure(build, lambda linear: None)
+
+KEPT = []
+
+def leak(linear):
+    KEPT.append(torch.ones(1 << 18))  # a mebibyte
+    return call(linear)
+
+def test_leak(vram):
+    vram.measure(build, leak)
+
+def tires(linear):
+    KEPT.append(None)
+    if len(KEPT) > 6:  # more calls than the rounds take
+        raise RuntimeError("tired")
+    return call(linear)
+
+def test_tires(vram):
+    vram.measure(build, tires)
 
 @pytest.mark.vram(max_required="8GiB")
 def test_marked(vram):
@@ -197,7 +216,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Session:
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.invalid"]
         subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True)
-    return session(folder)
+    return session(folder, "--vram-leak-check=6")
 
 
 def test_a_pipeline_with_unet_and_vae_is_measured_by_phase(measured: Session) -> None:
@@ -231,6 +250,8 @@ def test_every_measurement_has_the_id_of_its_test(measured: Session) -> None:
         "test_mine.py::TestClass::test_method",
         "test_mine.py::test_bad_build",
         "test_mine.py::test_bad_call",
+        "test_mine.py::test_leak",
+        "test_mine.py::test_tires",
         "test_mine.py::test_marked",
     ]
     assert all(record.id == record.case.id for record in measured.run.records)
@@ -238,6 +259,33 @@ def test_every_measurement_has_the_id_of_its_test(measured: Session) -> None:
     second = measured.record("test_two#2").case
     assert isinstance(second, OwnCase)
     assert (second.build, second.call) == ("pipes.py:build_painter", "pipes.py:paint")
+
+
+def test_a_call_that_keeps_a_tensor_each_time_is_found(measured: Session) -> None:
+    assert measured.reports["test_leak"] == ("passed", "")
+    drift = measured.record("test_leak").drift
+    assert drift is not None
+    assert (drift.calls, drift.leaks, drift.tensors_per_call) == (6, ["tensors", "host"], 1)
+    assert drift.host_bytes_per_call == pytest.approx(1 << 20, rel=0.1)
+    assert drift.allocated_bytes_per_call is None
+    assert "allocator statistics" in measured.record("test_leak").unavailable["drift.allocated_bytes_per_call"]
+    assert re.search(r"LEAKS, each call: \+1 tensors, host \+(1|0\.9\d*|1\.0\d*) MiB\s+\(6\s+calls\)", measured.output)
+
+
+@pytest.mark.parametrize("test", ["test_painter", "test_two", "TestClass::test_method", "test_relative"])
+def test_a_call_that_keeps_nothing_does_not_leak(measured: Session, test: str) -> None:
+    drift = measured.record(test).drift
+    assert drift is not None
+    assert (drift.calls, drift.leaks, drift.tensors_per_call) == (6, [], 0)
+
+
+def test_a_leak_check_that_fails_leaves_the_measurement(measured: Session) -> None:
+    record = measured.record("test_tires")
+    assert measured.reports["test_tires"] == ("passed", "")
+    assert (record.status, record.drift) == ("ok", None)
+    assert record.time.median_s
+    assert record.unavailable["drift"] == "error in the leak check: RuntimeError: tired"
+    assert measured.record("test_bad_call").unavailable["drift"] == "the case did not complete"
 
 
 def test_a_module_with_relative_imports_is_found_again(measured: Session) -> None:

@@ -66,6 +66,8 @@ BAD_INPUT = [
     ),
     (["--vram-optimizations=fp32+fp16"], "exactly one of fp32, fp16, bf16, and has fp32 and fp16"),
     (["--vram-models=,"], "--vram-models: is empty"),
+    (["--vram-leak-check=20"], "--vram-leak-check: nothing is run for an estimate; give --gpu, or leave it out"),
+    (["--vram-leak-check=2", "--vram-device=cpu"], "--vram-leak-check: 2 calls say nothing; give 3 to 10000"),
     (["--vram-optimizations=vae_tiling"], "exactly one of fp32, fp16, bf16, and has none"),
     (["--vram-resolutions=33"], "--vram-resolutions: tiny-sd takes multiples of 2 pixels, not 33x33"),
     (["--vram-resolutions=big"], "--vram-resolutions: 'big' is not a resolution"),

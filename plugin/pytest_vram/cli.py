@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pytest_vram.errors import UsageError, VramError, unknown
+from pytest_vram.errors import UsageError, VramError, printable, unknown
 
 if TYPE_CHECKING:
     from pytest_vram.cases.models import Model
@@ -32,7 +32,7 @@ def _show(columns: list[str], rows: list[list[str]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*("\n".join(map(printable, cell.split("\n"))).replace("[", r"\[") for cell in row))
     width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
     Console(highlight=False, width=width).print(table)
 
@@ -140,7 +140,12 @@ def _architecture(model: "Model") -> str:
         count = f"{component.parameters / 1e9:.3f} B" if component.parameters else "parameters not known"
         lines += ["", f"{name}{role}: {component.class_name} of {component.library}, {count}"]
         lines += [f"  {key} = {json.dumps(value)}" for key, value in component.config.items()]
-    return "\n".join(lines)
+    return "\n".join(map(_visible, lines))
+
+
+def _visible(line: str) -> str:
+    """The line, indented as it was, with what is more than text in it left out."""
+    return line[: len(line) - len(line.lstrip(" "))] + printable(line)
 
 
 @app.command()
@@ -217,7 +222,7 @@ def cards(
 ) -> None:
     """The GPUs that verdicts are given for, least memory first. GiB, GB/s, TFLOP/s (dense)."""
     from pytest_vram.report.cards import PACKAGED, read_cards
-    from pytest_vram.report.text import gib, printable
+    from pytest_vram.report.text import gib
 
     found = read_cards(*(more or []))
     if as_json:
@@ -344,7 +349,6 @@ def merge(
     from pytest_vram.records.files import folder_of, new_path, write_run
     from pytest_vram.records.merging import merge as merged
     from pytest_vram.records.reading import read_runs
-    from pytest_vram.report.text import printable
 
     found, notes = read_runs(runs)
     made = merged(found)
@@ -376,7 +380,6 @@ def check(
     """Exit 1, and name the cells, where a document disagrees with the runs that it was made from."""
     from pytest_vram.records.files import read_text
     from pytest_vram.report.checking import differences, made_from
-    from pytest_vram.report.text import printable
 
     text = read_text(document)
     made = made_from(text, document)
@@ -399,7 +402,6 @@ def _report(runs: list[Path], cards: list[Path], folder: Path, headless: bool, h
     from pytest_vram.records.reading import read_runs
     from pytest_vram.report.cards import read_cards
     from pytest_vram.report.render import Report
-    from pytest_vram.report.text import printable
 
     found, notes = read_runs(runs)
     for note in notes:
@@ -412,8 +414,6 @@ def main() -> None:
     try:
         app()
     except VramError as error:
-        from pytest_vram.report.text import printable
-
         typer.echo(printable(f"pytest-vram: {error}"), err=True)
         raise SystemExit(2) from error
 

@@ -57,7 +57,7 @@ class Confirmation:
         else:
             again, notes = {}, []
         for name in names:
-            settings = replace(self.settings(name), workers=WORKERS, need=False, save_images=None)
+            settings = replace(self.settings(name), workers=WORKERS, need=False, save_images=None, leak_calls=None)
             if self.base.has_stored_workers(name) and name in self.jobs and self.machine:
                 self.say(f"{name} again")
                 record = measure(*self.jobs[name], self.machine, settings, self.say)

@@ -10,6 +10,7 @@ VramError
 └── StartError        the fork server or a worker could not be started
 """
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,8 +20,26 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+MAX_MESSAGE = 2000  # letters of a message, which may hold names that strangers chose
+_CONTROLS = ("Cc", "Cf", "Zl", "Zp")
+
+
+def printable(text: str) -> str:
+    """One line that no terminal or page takes for more than text: controls, also of direction, become spaces."""
+    return " ".join(_plain(text).split())
+
+
+def _plain(text: str) -> str:
+    kept = ("?" if (kind := unicodedata.category(c)) == "Cs" else " " if kind in _CONTROLS else c for c in text)
+    return "".join(kept)
+
+
 class VramError(Exception):
-    """Anything that this package reports to a person."""
+    """Anything that this package reports to a person: one line, whatever stood in the file that it is about."""
+
+    def __init__(self, message: str) -> None:
+        line = _plain(message[: 2 * MAX_MESSAGE]).strip()  # a path may hold two spaces
+        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 1]}…")
 
 
 class UsageError(VramError):
@@ -57,7 +76,7 @@ class StartError(VramError):
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not known, with the nearest one that is."""
-    known = sorted(known)
+    known, name = sorted(known), name if len(name) <= 200 else f"{name[:199]}…"
     near = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"
@@ -73,5 +92,7 @@ def first_problem(error: "ValidationError", source: str | Path, within: str = ""
     message = " ".join(first["msg"].removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":
         message = "is not a key of this table"
-    key = " ".join(key.split())
+    key = printable(key)[:200]
+    if len(message) > 500:
+        message = f"{message[:499]}…"
     return f"{source}: {key}: {message[:1].lower()}{message[1:]}{more}"

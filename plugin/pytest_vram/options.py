@@ -43,6 +43,7 @@ def declare(parser: pytest.Parser) -> None:
     add("--vram-no-need", action="store_true", help="do not search the need: quicker, and no required memory")
     add("--vram-limit", metavar="SIZE", help="the memory each case may have, context included, such as 8GiB")
     add("--vram-no-estimate", action="store_true", help="measure without an estimate beside each record")
+    add("--vram-leak-check", metavar="N", help="call each case N more times in one process: does its memory grow?")
     add("--vram-timeout", metavar="SECONDS", help="for one worker of a case; default: from its estimate, 600 or more")
     add("--vram-results", metavar="DIR", default="results", help="where run files go; default: results")
     add("--vram-shard", metavar="K/N", help="every N-th case from the K-th on; `pytest-vram merge` joins the N runs")
@@ -79,7 +80,7 @@ def read(config: pytest.Config) -> Options:
         return found
 
     device: Device = config.getoption("--vram-device")
-    needless = [f"--vram-{name}" for name in ("rounds", "save-images") if device == "meta" and text(name)]
+    needless = [f"--vram-{name}" for name in ("rounds", "save-images", "leak-check") if device == "meta" and text(name)]
     if needless:
         raise UsageError(f"{needless[0]}: nothing is run for an estimate; give --gpu, or leave it out")
     batches = names("batch-sizes")
@@ -107,6 +108,7 @@ def read(config: pytest.Config) -> Options:
             timeout_s=_whole(text("timeout"), "--vram-timeout"),
             save_images=str(Path(images).absolute()) if images else None,
             need=not config.getoption("--vram-no-need"),
+            leak_calls=_leak_calls(text("leak-check")),
         ),
         results=Path(str(text("results"))),
         shard=None if shard is None else Shard.parse(shard),
@@ -152,6 +154,18 @@ def _readable_argument(argument: str, config: pytest.Config) -> str:
     absolute = (config.invocation_params.dir / path).resolve()
     inside = absolute.is_relative_to(config.rootpath)
     return "::".join([(absolute.relative_to(config.rootpath) if inside else absolute).as_posix(), *rest])
+
+
+def _leak_calls(text: str | None) -> int | None:
+    from pytest_vram.errors import UsageError
+    from pytest_vram.measure.drift import LEAST_CALLS, MOST_CALLS
+
+    calls: int | None = _whole(text, "--vram-leak-check")
+    if calls is not None and not LEAST_CALLS <= calls <= MOST_CALLS:
+        raise UsageError(
+            f"--vram-leak-check: {calls} calls say nothing; give {LEAST_CALLS} to {MOST_CALLS}, such as 20"
+        )
+    return calls
 
 
 def _whole(text: str | None, option: str) -> Any:

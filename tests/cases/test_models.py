@@ -101,7 +101,7 @@ def test_bad_model_file(old: str, new: str, expected: str, tmp_path: Path) -> No
 def test_model_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(b'name = "\xff"')
-    assert "utf-8" in refusal(path)
+    assert "is not UTF-8 text" in refusal(path)
 
 
 def test_read_models_adds_to_the_packaged(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_overrides_replace_their_axis_in_each_block() -> None:
         ("optimizations", "vae_tiling", "'vae_tiling' needs exactly one of fp32, fp16, bf16, and has none"),
         ("resolutions", "big", "'big' is not a resolution"),
         ("resolutions", "33", "tiny-sd takes multiples of 2 pixels, not 33x33; try 32x32"),
-        ("batch_sizes", 0, "a batch holds 1 image or more, not 0"),
+        ("batch_sizes", 0, "a batch holds 1 to 65536 images, not 0"),
     ],
 )
 def test_a_message_says_where_the_value_stands(axis: str, value: Any, problem: str) -> None:
@@ -153,7 +153,7 @@ def test_a_message_says_where_the_value_stands(axis: str, value: Any, problem: s
         ("[sweeps]", ": sweeps: "),
         ("", ": sweeps: field required"),
         ("sweeps = ", ": "),
-        ("# \udcff", ": 'utf-8' "),
+        ("# \udcff", ": is not UTF-8 text"),
     ],
 )
 def test_malformed_matrix(text: str, expected: str, tmp_path: Path) -> None:

@@ -164,6 +164,9 @@ def generate(job: Message, reporter: Reporter) -> None:
         return
     if script.get("kill_server"):
         kill_server()
+    if job.get("leak_calls"):
+        _calls_again(script, job, figures, reporter)
+        return
     figures |= script.get("done", {})
     reporter.send("phase", phase="warm-up")
     if "skipped" in script:
@@ -205,6 +208,19 @@ def _probe(script: dict[str, Any], cap: int | None, figures: dict[str, Any], rep
         time.sleep(60)
     failure = {"status": "oom", "swallowed": False, "phase": "denoise", "message": "OutOfMemoryError: CUDA"}
     reporter.ask("failed", **{**figures, **failure, **below})
+
+
+def _calls_again(script: dict[str, Any], job: Message, figures: dict[str, Any], reporter: Reporter) -> None:
+    """`grows` has bytes (or tensors) a call of what is counted; `tires` are the fields of a failure, or `die`."""
+    tires = script.get("tires")
+    if tires == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if tires:
+        reporter.ask("failed", **{**figures, **tires})
+    steps = range(job["leak_calls"] + 1)
+    grows = {"host": 0, "tensors": 0, **({"allocated": 0, "reserved": 0} if job["device"] == "cuda" else {})}
+    drift = {name: [1000 * MIB + n * each for n in steps] for name, each in (grows | script.get("grows", {})).items()}
+    reporter.ask("done", **figures, drift=drift)
 
 
 def _reference(script: dict[str, Any], job: Message, reporter: Reporter) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -140,3 +141,17 @@ def test_what_the_second_gpu_held_before_is_not_counted(shared: Stage) -> None:
     second.worker_mib = (2000,)
     record = shared.measure(optimizations=BALANCED, done={"gpus": [FIRST, SECOND]})
     assert record.memory.nvml_device_peak_bytes == 2000 * MIB
+
+
+def test_the_number_of_rounds_is_agreed_with_no_pickle() -> None:
+    import torch.distributed
+
+    from pytest_vram.measure.generation import _agreed
+
+    assert _agreed(7) == 7, "a process by itself"
+    distributed: Any = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert _agreed(7) == 7
+    finally:
+        distributed.destroy_process_group()

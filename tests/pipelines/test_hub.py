@@ -48,7 +48,7 @@ def test_the_configuration_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     model = model_from_hub("Owner/Name-2")
-    assert asked == [("Owner/Name-2", ["*.json"])]
+    assert asked == [("Owner/Name-2", ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"])]
     assert re.fullmatch("name-2-[0-9a-f]{8}", model.name)
     assert model.hub_id == "Owner/Name-2"
     assert (model.native.width, model.resolution_multiple) == (768, 8)

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from pytest_vram.cli import app
 from pytest_vram.errors import RunFileError, UsageError, VramError
-from pytest_vram.records.files import MAX_FILE_BYTES, read_text, write_run
+from pytest_vram.records.files import read_text, write_run
 from pytest_vram.records.schema import Record, Run
 from pytest_vram.report.checking import MadeFrom, differences, made_from
 from pytest_vram.report.render import Report
+from pytest_vram.untrusted import MAX_FILE_BYTES
 from tests.records.test_schema import BARE, FAILURE, MIB, record
 from tests.report.test_render import H100, HOSTILE, a_report, a_run, estimate, hostile_run
 from tests.test_report_command import Command, pytest_vram_command

@@ -6,46 +6,85 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pytest_vram.cases.toml import read_toml
-from pytest_vram.errors import UsageError, first_problem, unknown
+from pytest_vram.errors import UsageError, first_problem, printable, unknown
+from pytest_vram.untrusted import MAX_TOML_BYTES, is_there, parse_json, read_text
 
 NAME = r"^[a-z0-9][a-z0-9._-]*$"
+PART = r"^[A-Za-z_][A-Za-z0-9_]{0,99}$"  # a component's name, which is a folder's too
+MOST = 1 << 40  # an integer of a configuration: a frequency base may be 1e9
+MOST_LAYERS = 10_000
+_COUNTS = re.compile(r"layers|blocks|depth")
+LIBRARIES = ("diffusers", "transformers")
+RUNS_CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "use_pretrained_backbone")
 NOT_MEASURED = ("safety_checker", "feature_extractor")  # never loaded: they are no part of generating
+
+
+Text = Annotated[str, Field(max_length=200)]
 
 
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
+def _harmless(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that makes no class run code of others, or build for hours."""
+    walk: list[tuple[str, Any]] = [("", config)]
+    for key, value in walk:  # which grows meanwhile
+        if isinstance(value, (dict, list)):
+            items = value.items() if isinstance(value, dict) else ((key, one) for one in value)
+            walk += [(str(name), inner) for name, inner in items]
+        if key in RUNS_CODE:
+            raise ValueError(f"{key} makes a library run or load what is not in this file; leave it out")
+        if key.endswith("attn_implementation") and "/" in str(value):
+            raise ValueError(f"{key} {str(value)[:100]!r} is code of the hub, which is not run; leave it out")
+        if type(value) is int:
+            most = MOST_LAYERS if _COUNTS.search(key) else MOST
+            if not -most <= value <= most:
+                raise ValueError(f"{key}: {str(value)[:40]} is above {most}")
+    return config
+
+
+def _nameable(hub_id: str) -> str:
+    """An id of the hub, or a folder that a file system can hold."""
+    if printable(hub_id) != hub_id or any(len(part.encode()) > 255 for part in hub_id.split("/")):
+        raise ValueError("is no id of the hub, and no folder")
+    return hub_id
+
+
+HubId = Annotated[str, Field(max_length=1000), AfterValidator(_nameable)]
+Config = Annotated[dict[str, Any], AfterValidator(_harmless)]
+
+
 class Component(_Table):
     """One network of the pipeline: its class, the configuration that differs from the class's defaults, its size."""
 
     library: Literal["diffusers", "transformers"]
-    class_name: str = Field(alias="class")
-    parameters: int | None = Field(default=None, gt=0)
-    config: dict[str, Any] = {}
+    class_name: Text = Field(alias="class")
+    parameters: int | None = Field(default=None, gt=0, lt=10**15)
+    config: Config = {}
 
 
 class Scheduler(_Table):
     """The scheduler's class in diffusers and its configuration."""
 
-    class_name: str = Field(alias="class")
-    config: dict[str, Any] = {}
+    class_name: Text = Field(alias="class")
+    config: Config = {}
 
 
 class Native(_Table):
     """What the model was made for: pixels, steps, guidance, tokens of the prompt, and frames where it makes videos."""
 
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-    steps: int = Field(gt=0)
-    guidance_scale: float = Field(ge=0)
-    sequence_length: int = Field(gt=0)
-    frames: int | None = Field(default=None, gt=0)
+    width: int = Field(gt=0, le=65536)
+    height: int = Field(gt=0, le=65536)
+    steps: int = Field(gt=0, le=100_000)
+    guidance_scale: float = Field(ge=0, le=1e6)
+    sequence_length: int = Field(gt=0, le=100_000)
+    frames: int | None = Field(default=None, gt=0, le=100_000)
 
 
 class Model(_Table):
@@ -56,19 +95,19 @@ class Model(_Table):
     (whether the hub asks for a click) are those of the weights at `hub_id`.
     """
 
-    name: str = Field(pattern=NAME)
-    aliases: tuple[str, ...] = ()
-    hub_id: str
-    licence: str | None = None
+    name: Text = Field(pattern=NAME)
+    aliases: tuple[Text, ...] = Field(default=(), max_length=100)
+    hub_id: HubId
+    licence: Text | None = None
     gated: bool = False
-    pipeline: str
-    pipeline_arguments: dict[str, Any] = {}
+    pipeline: Text
+    pipeline_arguments: Config = {}
     denoiser: str
     decoder: str = "vae"
-    resolution_multiple: int = Field(gt=0)
-    frame_multiple: int = Field(default=1, gt=0)
+    resolution_multiple: int = Field(gt=0, le=65536)
+    frame_multiple: int = Field(default=1, gt=0, le=100_000)
     native: Native
-    components: dict[str, Component]
+    components: dict[Annotated[str, Field(pattern=PART)], Component] = Field(max_length=50)
     scheduler: Scheduler
     source: str | None = None  # the file, of an architecture of the user's own: read_models knows it
 
@@ -138,7 +177,7 @@ def find_model(name: str, models: Mapping[str, Model]) -> Model:
     """
     by_name = {alias: model for model in models.values() for alias in model.aliases} | dict(models)
     if name not in by_name:
-        hint = f"; for the folder write ./{name}" if (Path(name) / "model_index.json").is_file() else ""
+        hint = f"; for the folder write ./{name}" if is_there(Path(name) / "model_index.json") else ""
         raise ValueError(unknown("model", name, by_name) + hint)
     return by_name[name]
 
@@ -163,7 +202,14 @@ def model_from_folder(folder: Path, *, with_weights: bool = True) -> Model:
     for name, entry in index.items():
         if name.startswith("_") or name in NOT_MEASURED or not isinstance(entry, list) or len(entry) != 2:
             continue
-        if (folder / name / "config.json").is_file() and entry[0] in ("diffusers", "transformers"):
+        if not re.fullmatch(PART, name):
+            raise UsageError(f"{folder / 'model_index.json'}: {name[:100]!r} is no name of a part of a pipeline")
+        if with_weights and entry[0] not in (*LIBRARIES, None):
+            raise UsageError(
+                f"{folder / 'model_index.json'}: {name} is of {str(entry[0])[:100]!r}; parts of diffusers and of "
+                "transformers are loaded, and no other code"
+            )
+        if entry[0] in LIBRARIES and (folder / name / "config.json").is_file():
             if with_weights:
                 _require_safetensors(folder / name)
             config = {k: v for k, v in _read_json(folder / name / "config.json").items() if not k.startswith("_")}
@@ -227,10 +273,9 @@ def _require_safetensors(folder: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not JSON"
-        raise UsageError(f"{path}: {reason}; a pretrained model is a folder that save_pretrained wrote") from error
+        value = parse_json(read_text(path, UsageError, MAX_TOML_BYTES), path, UsageError)
+    except UsageError as error:
+        raise UsageError(f"{error}; a pretrained model is a folder that save_pretrained wrote") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path}: is no JSON object; a pretrained model is a folder that save_pretrained wrote")
     return value

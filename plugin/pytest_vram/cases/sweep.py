@@ -16,6 +16,8 @@ from pytest_vram.cases.toml import read_toml
 from pytest_vram.errors import UsageError, unknown
 
 NATIVE = "native"
+MOST_IN_A_BATCH = 65536  # each has a prompt of its own in host memory
+MOST_CASES = 100_000  # of one block, before its exclusions
 T = TypeVar("T")
 ParseOptimizations = Callable[[str], tuple[str, ...]]
 
@@ -42,13 +44,13 @@ class Block(_Table):
     resolutions: tuple[str | int, ...] = Field(default=(NATIVE,), min_length=1)
     frames: tuple[Literal["native"] | int, ...] = Field(default=("native",), min_length=1)
     batch_sizes: tuple[int, ...] = Field(default=(1,), min_length=1)
-    exclude: tuple[Exclusion, ...] = ()
+    exclude: tuple[Exclusion, ...] = Field(default=(), max_length=1000)
 
 
 class Sweep(_Table):
     """Named blocks, all run with the same number of denoising steps (the model's own where none is given)."""
 
-    steps: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0, le=100_000)
     blocks: dict[str, Block] = Field(min_length=1)
 
 
@@ -177,11 +179,16 @@ def _axes(
         parsed = list(dict.fromkeys(parse_optimizations(text) for text in sets))
     with _at(batches_at):
         for batch in batches:
-            if batch < 1:
-                raise ValueError(f"a batch holds 1 image or more, not {batch}")
+            if not 1 <= batch <= MOST_IN_A_BATCH:
+                raise ValueError(f"a batch holds 1 to {MOST_IN_A_BATCH} images, not {str(batch)[:40]}")
     with _at(counts_at):
         if any(str(count) != NATIVE for count in counts) and all(models[name].kind == "image" for name in chosen):
             raise ValueError(f"{', '.join(chosen)}: makes images; leave frames out")
+    product = len(chosen) * len(parsed) * len(sizes) * len(counts) * len(batches)
+    if product > MOST_CASES:
+        raise UsageError(
+            f"{where}: the product of its axes is {product:,} cases, above {MOST_CASES:,}; make them shorter"
+        )
     for name, optimizations, size, count, batch in itertools.product(chosen, parsed, sizes, counts, batches):
         model = models[name]
         with _at(sizes_at):

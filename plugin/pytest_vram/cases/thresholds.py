@@ -1,6 +1,5 @@
 """How much worse is worse: limits by metric, from pyproject.toml and the matrix; a sweep's owner may set each."""
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pytest_vram.cases.case import parse_bytes
 from pytest_vram.errors import UsageError, first_problem
+from pytest_vram.untrusted import MAX_TOML_BYTES, parse_toml, read_text
 
 Share = Annotated[float, Field(strict=True, gt=0, le=100, allow_inf_nan=False)]
 
@@ -117,12 +117,9 @@ def read_project(folder: Path) -> Thresholds:
     path = folder / "pyproject.toml"
     if not path.is_file():
         return Thresholds()
+    tool = parse_toml(read_text(path, UsageError, MAX_TOML_BYTES), path, UsageError).get("tool")
+    ours = tool.get("pytest-vram", {}) if isinstance(tool, dict) else {}
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-        tool = document.get("tool")
-        ours = tool.get("pytest-vram", {}) if isinstance(tool, dict) else {}
         return _Tool.model_validate(ours).thresholds
     except ValidationError as error:
         raise UsageError(first_problem(error, path, "tool.pytest-vram")) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,12 +1,12 @@
 """TOML files that people write, read into a validated table."""
 
-import tomllib
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from pytest_vram.errors import UsageError, first_problem
+from pytest_vram.untrusted import MAX_TOML_BYTES, parse_toml, read_text
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -17,11 +17,8 @@ def read_toml(path: Path, table: type[T]) -> T:
     Raises:
         UsageError: naming the file, and the key where one is wrong.
     """
+    document = parse_toml(read_text(path, UsageError, MAX_TOML_BYTES), path, UsageError)
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: is no file")
-        return table.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return table.model_validate(document)
     except ValidationError as error:
         raise UsageError(first_problem(error, path)) from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number of 5000 digits
-        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

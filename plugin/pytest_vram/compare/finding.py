@@ -10,7 +10,8 @@ from typing import Any
 
 from pytest_vram.errors import RunFileError
 from pytest_vram.records.files import Refused, read_journal, read_run
-from pytest_vram.records.reading import ReadRun, age
+from pytest_vram.records.reading import MAX_FILES, RUN_FILES, ReadRun, age
+from pytest_vram.untrusted import within
 
 LATEST = "latest"
 _COMMIT = re.compile(r"[0-9a-f]{4,40}")
@@ -110,7 +111,7 @@ def _candidates(folder: Path, like: Like | None) -> list[ReadRun]:
     """Finished runs of a folder and the folders in it. A broken file is passed over: it is not the finished run that
     was asked for."""
     found = []
-    for file in (file for form in ("*.json", "*/*.json") for file in folder.glob(form) if file.is_file()):
+    for file in within(folder, *RUN_FILES)[0][-MAX_FILES:]:
         with contextlib.suppress(RunFileError):
             run = read_one(file)
             if run.run.complete and (like is None or like.admits(run)):

@@ -19,6 +19,7 @@ import torch
 from pytest_vram.errors import Inapplicable
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.device import device_of
+from pytest_vram.measure.drift import readings
 from pytest_vram.measure.exactness import difference, save_output
 from pytest_vram.measure.subject import subject_of
 from pytest_vram.measure.worker import Reporter
@@ -70,6 +71,9 @@ class _Generation:
             elif self.job.get("reference"):
                 self.call(pipe, keep_output=True)
                 save_output(self.output, Path(self.job["keep_output"]))
+            elif calls := self.job.get("leak_calls"):
+                gpus = self.job["gpus"] if self.place == "cuda" else 0
+                self.found["drift"] = readings(lambda: self.call(pipe), calls, gpus)
             else:
                 self.generate(pipe)
         except Inapplicable as error:

@@ -13,6 +13,7 @@ from typing import Any
 from pytest_vram.cases.case import AnyCase, Case
 from pytest_vram.errors import StartError
 from pytest_vram.measure.channel import Closed, Message
+from pytest_vram.measure.drift import with_drift, without_drift
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.exactness import NoReference, References
 from pytest_vram.measure.forkserver import PRELOAD_ENVIRON, Worker
@@ -25,6 +26,7 @@ from pytest_vram.measure.timeout import LATER_FACTOR, LEAST_S, later_timeout_s
 from pytest_vram.pipelines.optimizations import chosen, gpus_of, impossible
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.records.schema import (
+    CHECK_INTERRUPTED,
     NOT_FOR_MEMORY,
     NOT_SEARCHED,
     SEARCH_INTERRUPTED,
@@ -51,6 +53,7 @@ class Settings:
     workers: int = 1
     interval_s: float | None = MEMORY_INTERVAL_S
     need: bool = True
+    leak_calls: int | None = None
     task: str = GENERATION
 
 
@@ -103,6 +106,8 @@ def measure(
     with folder as caches:
         measurer = CaseWorkers(case, job, machine, settings, say, Path(caches))
         record = _measured(measurer, estimated, references, common)
+        if settings.leak_calls:
+            record = _checked_for_leaks(record, measurer)
     if not (lately := machine.starter.losses[lost:]):
         return record
     disturbed = "; ".join(filter(None, [record.disturbed, *lately]))
@@ -144,6 +149,21 @@ def _measured(
     except OSError as error:
         return without_need(after_search(), f"{NOT_FOR_MEMORY}: {_no_room(error)}")
     return with_need(after_search(), needs, machine)
+
+
+def _checked_for_leaks(record: Record, measurer: "CaseWorkers") -> Record:
+    if record.status != "ok":
+        return record if record.status == "skipped" else without_drift(record, "the case did not complete")
+    began = time.monotonic()
+    try:
+        outcome = measurer.calls_again()
+    except KeyboardInterrupt:
+        raise CaseInterrupted(without_drift(record, CHECK_INTERRUPTED)) from None
+    if "message" in outcome:
+        outcome["message"] = without_paths(outcome["message"])
+    assert record.wall
+    wall = record.wall.model_copy(update={"total_s": record.wall.total_s + time.monotonic() - began})
+    return with_drift(record.model_copy(update={"wall": wall}), outcome, measurer.machine.device)
 
 
 def _not_measured(message: str, common: dict[str, Any], seconds: float) -> Record:
@@ -305,6 +325,12 @@ class CaseWorkers:
         if not memory_is_why:
             raise NoNeed(f"within {room} {NOT_FOR_MEMORY}: {outcome['message']}")
         return Probe(cap, False, failed_in=outcome.get("phase"))
+
+    def calls_again(self) -> Message:
+        """What one more worker reports that calls the pipeline many times and says what it holds meanwhile."""
+        calls, limit = self.settings.leak_calls, self.case.limit_bytes
+        self.say(f"leak check: {calls} calls in one process")
+        return self._worker(None if limit is None else limit - self.machine.context_bytes, leak_calls=calls).outcome
 
     def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> WorkerRun:
         environ = dict(PRELOAD_ENVIRON)

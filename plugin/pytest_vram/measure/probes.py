@@ -1,5 +1,7 @@
 """Small worker tasks: the canary that tries CUDA in a worker, the check of architectures, the estimate of one case."""
 
+import resource
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +10,10 @@ from pytest_vram.cases.models import Model
 from pytest_vram.errors import Inapplicable
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.worker import Reporter
+
+# Parameters are made in host memory one by one and dropped at once, untouched; the largest of a packaged model, the
+# embeddings of UMT5 in fp32, takes 4 GiB.
+LEAST_ROOM_BYTES = 16 << 30
 
 
 def canary(job: Message, reporter: Reporter) -> None:
@@ -41,10 +47,23 @@ def canary(job: Message, reporter: Reporter) -> None:
     )
 
 
+def bound_host_memory(room_bytes: int | None = None) -> None:
+    """An architecture that asks for more than `room_bytes` beyond what this process holds ends in an error, and not in
+    a host without memory. Without a figure it is what the host has available, and at least `LEAST_ROOM_BYTES`."""
+    import psutil
+
+    room = max(LEAST_ROOM_BYTES, psutil.virtual_memory().available) if room_bytes is None else room_bytes
+    if sys.platform == "linux":  # elsewhere the limit is not kept
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = psutil.Process().memory_info().data + room
+        resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def check_models(job: Message, reporter: Reporter) -> None:
     """Tell what of these architectures cannot be built, by the model's file or name, or None."""
     from pytest_vram.pipelines.build import architecture_problem
 
+    bound_host_memory()
     problem = None
     for document in job["models"]:
         model = Model.model_validate(document)
@@ -60,7 +79,7 @@ def estimate(job: Message, reporter: Reporter) -> None:
     from pytest_vram.measure.simulation import simulate
 
     torch.set_num_threads(1)
-
+    bound_host_memory()
     model, case = Model.model_validate(job["model"]), Case.model_validate(job["case"])
     arguments = {"capability": float(job["capability"])} if job.get("capability") else {}
     try:

@@ -18,6 +18,7 @@ from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import NOT_MEASURED, Component, Model
 from pytest_vram.errors import UsageError, unknown
 from pytest_vram.pipelines.tokenizer import StandInTokenizer
+from pytest_vram.untrusted import is_there
 
 PROMPT = "a bowl of ramen with a soft-boiled egg, photographed from above"
 NEGATIVE_PROMPT = "blurry, low quality"
@@ -74,7 +75,7 @@ def architecture_problem(model: Model) -> str | None:
     except UsageError as error:
         return f"pipeline: {error}"
     scheduler = getattr(diffusers, model.scheduler.class_name, None)
-    if not isinstance(scheduler, type):
+    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         return f"scheduler.class: {_unknown_class('diffusers', model.scheduler.class_name)}"
     for name, component in model.components.items():
         at = f"components.{name}"
@@ -327,9 +328,15 @@ def pretrained_pipeline(
     left_out = {name: None for name in NOT_MEASURED if name in accepted}
     arguments = {k: v for k, v in model.pipeline_arguments.items() if k in accepted}
     arguments |= {name: False for name in ("requires_safety_checker", "add_watermarker") if name in accepted}
-    local = Path(model.hub_id).is_dir()
+    local = is_there(Path(model.hub_id))
     pipe = cls.from_pretrained(
-        model.hub_id, dtype=dtype, use_safetensors=True, local_files_only=local, **left_out, **arguments
+        model.hub_id,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=local,
+        **left_out,
+        **arguments,
     )
     pipe.set_progress_bar_config(disable=True)
     parts = networks(pipe)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from pytest_vram.cases.models import Model, model_from_folder
 from pytest_vram.errors import UsageError
+from pytest_vram.untrusted import is_there
 
+CONFIGURATIONS = ("model_index.json", "*/config.json", "scheduler/scheduler_config.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` reads like owner/name and is no folder here."""
-    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return HUB_ID.fullmatch(name) is not None and not is_there(Path(name))
 
 
 def model_from_hub(hub_id: str) -> Model:
@@ -24,7 +26,7 @@ def model_from_hub(hub_id: str) -> Model:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(hub_id, allow_patterns=["*.json"])
+        folder = snapshot_download(hub_id, allow_patterns=list(CONFIGURATIONS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(

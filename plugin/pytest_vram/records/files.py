@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
+from pytest_vram import untrusted
 from pytest_vram.errors import NotOurs, NotSaved, RunFileError, UsageError, first_problem
 from pytest_vram.records.schema import SCHEMA, Record, Run, above_the_card
 
-MAX_FILE_BYTES = 256 << 20
+MAX_RECORDS = 50_000  # of one file, and of all that are read at once
 TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 _JOURNAL = re.compile(r"(\.gw[0-9]+)?\.jsonl$")  # of one of several xdist workers, or of the only process
 TORN = "its last line was not written to its end"
@@ -36,7 +37,7 @@ class Refused:
 
 def slug(text: str) -> str:
     """`text` in lower-case letters, digits and hyphens, for a folder's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:100].strip("-") or "unknown"
 
 
 def folder_of(device: Any, gpu: Any) -> str:
@@ -273,7 +274,9 @@ def read_journal(path: Path, refused: list[Refused] | None = None) -> Run:
     Raises:
         RunFileError: naming the file and the line.
     """
-    lines = read_text(path).split("\n")
+    text = read_text(path)
+    untrusted.check_count(text, path, RunFileError)
+    lines = text.split("\n")
     whole = lines[:-1]  # what follows the last newline was not written to its end
     if not whole:
         raise RunFileError(f"{path}: is empty")
@@ -302,6 +305,8 @@ def checked(document: Any, source: Path, refused: list[Refused] | None = None) -
             f"install the version that wrote it{version}"
         )
     documents = vram.get("records", [])
+    if isinstance(documents, list) and len(documents) > MAX_RECORDS:
+        raise RunFileError(f"{source}: records: are more than {MAX_RECORDS:,}; split the sweep with --vram-shard")
     try:
         run = Run.model_validate({**vram, "records": []} if isinstance(documents, list) else vram)
     except ValidationError as error:
@@ -341,21 +346,8 @@ def _of(document: Any, *keys: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that somebody names, which may be anything.
-
-    Raises:
-        RunFileError: naming the file, where it is no file of text, or a huge one.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise RunFileError(f"{path}: is no file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RunFileError(f"{path}: is larger than {MAX_FILE_BYTES >> 20} MiB; no file of pytest-vram is")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RunFileError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # no UTF-8, or a name that no file can have
-        raise RunFileError(f"{path}: is not UTF-8 text") from error
+    """The text of a file that somebody names; raises RunFileError, naming the file."""
+    return untrusted.read_text(path, RunFileError)
 
 
 def read_json(path: Path) -> Any:
@@ -364,10 +356,7 @@ def read_json(path: Path) -> Any:
 
 
 def _json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RunFileError(f"{path}: is not JSON: {error}") from error
+    return untrusted.parse_json(text, path, RunFileError)
 
 
 def best_records(runs: Iterable[Run]) -> list[Record]:

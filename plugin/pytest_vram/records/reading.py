@@ -2,14 +2,18 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pytest_vram.errors import NotOurs, RunFileError
-from pytest_vram.records.files import TIME_FORMAT, Refused, read_journal, read_run
+from pytest_vram.records.files import MAX_RECORDS, TIME_FORMAT, Refused, read_journal, read_run
 from pytest_vram.records.schema import Record, Run
+from pytest_vram.untrusted import within
+
+MAX_FILES = 10_000  # read at once
+RUN_FILES = ("*.json", "*/*.json")  # of a folder, and of those in it: a folder for each GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +67,20 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[ReadRun], list[str]]:
     """
     runs: list[ReadRun] = []
     notes: list[str] = []
-    for path, named in _files(paths):
+    found, left_out = _files(paths)
+    if len(found) > MAX_FILES:
+        raise RunFileError(f"{found[0][0].parent}: {len(found):,} files, above {MAX_FILES:,}; name fewer at once")
+    notes += [f"passed over {path}: the link leads out of the folder" for path in left_out]
+    records = 0
+    for path, named in found:
         refused: list[Refused] = []
         try:
             read = read_journal if path.suffix == ".jsonl" else read_run
             runs.append(ReadRun(path, read(path, refused), tuple(refused)))
+            records += len(runs[-1].records)
+            if records > MAX_RECORDS:
+                named = True  # it is not this file's fault
+                raise RunFileError(f"{path}: with it there are more than {MAX_RECORDS:,} records; name fewer at once")
         except NotOurs as error:
             if named:
                 raise
@@ -88,13 +101,16 @@ def age(run: ReadRun) -> tuple[datetime, str]:
     return run.started or datetime.min.replace(tzinfo=UTC), run.path.name
 
 
-def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
-    """Each file once, and whether it was named; of a folder its own `*.json` and those of the folders in it."""
+def _files(paths: Iterable[Path]) -> tuple[list[tuple[Path, bool]], list[Path]]:
+    """Each file once, and whether it was named; of a folder its own `*.json` and those of the folders in it. Apart from
+    them the links that lead out of their folder."""
     found: dict[Path, tuple[Path, bool]] = {}
+    left_out: list[Path] = []
     for path in paths:
         try:
             if path.is_dir():
-                files = sorted(file for form in ("*.json", "*/*.json") for file in path.glob(form) if file.is_file())
+                files, outside = within(path, *RUN_FILES)
+                left_out += outside
                 for file in files:
                     found.setdefault(file.resolve(), (file, False))
             else:
@@ -102,4 +118,4 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
                 found[path.resolve()] = first, True
         except (OSError, RuntimeError, ValueError) as error:  # links that lead to each other; a name with a null byte
             raise RunFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    yield from found.values()
+    return list(found.values()), left_out

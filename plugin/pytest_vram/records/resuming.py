@@ -16,7 +16,7 @@ from pytest_vram.records.files import (
     read_run,
     run_path_of,
 )
-from pytest_vram.records.schema import NOT_FOR_MEMORY, SEARCH_INTERRUPTED, Record, Run
+from pytest_vram.records.schema import CHECK_INTERRUPTED, NOT_FOR_MEMORY, SEARCH_INTERRUPTED, Record, Run
 
 DONE = ("ok", "oom", "skipped")  # a resumed sweep tries everything else again
 # One run has one environment: a record made with another of these would stand beside figures that it has no part in.
@@ -68,10 +68,11 @@ class Unfinished:
 
 
 def is_done(record: Record) -> bool:
-    """Whether a resumed sweep need not measure this case again: it has a result, and the search for its need was not
-    cut short by anything but memory."""
-    no_need = record.unavailable.get("memory.need_bytes", "")
-    return record.status in DONE and no_need != SEARCH_INTERRUPTED and NOT_FOR_MEMORY not in no_need
+    """Whether a resumed sweep need not measure this case again: it has a result, and neither the search for its need
+    nor the check for leaks was cut short by anything but memory."""
+    no_need, no_drift = (record.unavailable.get(key, "") for key in ("memory.need_bytes", "drift"))
+    cut_short = no_need == SEARCH_INTERRUPTED or NOT_FOR_MEMORY in no_need or no_drift == CHECK_INTERRUPTED
+    return record.status in DONE and not cut_short
 
 
 def shard_of(run: Run) -> Any:

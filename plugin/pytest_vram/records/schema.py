@@ -24,6 +24,7 @@ EXACT_WITHIN_ROUNDOFFS = 4  # of values from 0 to 1: in half precision half a le
 # Why a record has no need: nobody asked for it, or the search was cut short, which a resumed sweep makes up for.
 NOT_SEARCHED = "not searched (--vram-no-need)"
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
+CHECK_INTERRUPTED = "the leak check was interrupted"
 NOT_FOR_MEMORY = "it failed, but not for memory"
 
 # What slows a GPU beyond its power cap, by the names that measure/nvml.py gives to NVML's reasons.
@@ -35,6 +36,8 @@ Phase = Literal["load", "compile", "encode", "denoise", "decode", "call"]
 Bytes = Annotated[int, Field(strict=True, gt=0, lt=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, lt=1e7, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 50)]
+Slope = Annotated[float, Field(gt=-(1 << 50), lt=1 << 50, allow_inf_nan=False)]
+Leak = Literal["allocated", "reserved", "tensors", "host"]
 Text = Annotated[str, Field(max_length=20_000)]
 
 
@@ -156,6 +159,23 @@ class Exactness(_Part):
     psnr_db: float | None = Field(default=None, ge=0)
 
 
+class Drift(_Part):
+    """What grew from call to call in one process (`--vram-leak-check`): after two warm calls, `calls` more. Figures are
+    Theil-Sen slopes, negative where memory came back, and null where it is not counted.
+
+    Of several GPUs in one process bytes are those of all together; where each has a process of its own, those of the
+    first. `host` is resident memory backed by no file, `tensors` how many PyTorch tensors live. In `leaks` is what grew
+    for certain: the lower end of the slope's 95 % interval is above 0; of `host` above 256 KiB, and 4 MiB in all.
+    """
+
+    calls: Count
+    allocated_bytes_per_call: Slope | None = None
+    reserved_bytes_per_call: Slope | None = None
+    host_bytes_per_call: Slope | None = None
+    tensors_per_call: Slope | None = None
+    leaks: list[Leak] = Field(default=[], max_length=4)
+
+
 class Wall(_Part):
     """Where the wall time of a case went, in seconds."""
 
@@ -184,6 +204,7 @@ class Record(_Part):
     telemetry: Telemetry = Telemetry()
     effects: dict[Name, Literal["applied", "no_effect"]] = {}
     exactness: Exactness | None = None
+    drift: Drift | None = None
     disturbed: Text | None = None
     unavailable: dict[Name, Text] = {}
     failure: Failure | None = None

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +18,9 @@ WITH_A_SCREEN = ("desktop", "laptop", "workstation")
 DESKTOP_GIB = 1.0  # what a desktop holds: see the head of cards.toml
 NATIVE_FROM = {"bf16": (8, 0), "fp8": (8, 9)}  # the first compute capability whose hardware has the dtype
 
-Positive = Field(default=None, gt=0)
+Positive = Field(default=None, gt=0, le=1e9)
+Name = Annotated[str, Field(max_length=100)]
+MOST_CARDS = 10_000
 
 
 class Card(BaseModel):
@@ -26,9 +28,9 @@ class Card(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(min_length=1, max_length=100)
-    aliases: tuple[str, ...] = ()
-    reported_as: str | None = None
+    name: Name = Field(min_length=1)
+    aliases: tuple[Name, ...] = Field(default=(), max_length=100)
+    reported_as: Name | None = None
     vendor: Literal["nvidia", "amd", "intel"] = "nvidia"
     kind: Literal["desktop", "laptop", "workstation", "datacenter", "unified"]
     memory_gib: float = Field(gt=0, le=4096)
@@ -78,7 +80,7 @@ class Card(BaseModel):
 class _Cards(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    cards: tuple[Card, ...] = Field(min_length=1)
+    cards: tuple[Card, ...] = Field(min_length=1, max_length=MOST_CARDS)
 
 
 def read_cards(*files: Path, headless: bool = False) -> list[Card]:
@@ -113,7 +115,7 @@ def find_card(text: str, cards: Sequence[Card]) -> Card:
     Raises:
         UsageError: with the nearest names, or with the cards that all match.
     """
-    wanted = _key(text)
+    wanted = _key(text[:200])
     named = [card for card in cards if wanted == _key(card.name)]
     named = named or [card for card in cards if wanted in map(_key, card.aliases)]
     if len(named) == 1:

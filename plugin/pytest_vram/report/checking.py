@@ -116,7 +116,7 @@ def _parts(text: str) -> _Parts:
             cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             if not all(re.fullmatch(r":?-+:?", cell) for cell in cells):
                 tables = parts.tables.setdefault(heading, [])
-                if not before.startswith("|"):
+                if not before.startswith("|") or not tables:  # else the delimiter row came first
                     tables.append([])
                 tables[-1].append(cells)
         elif line:

@@ -307,8 +307,8 @@ class Document:
         return Table("Largest batch and resolution", columns, rows, 3)
 
     def checks(self) -> Table:
-        """The cases that ran with no more memory than a limit, beside what their need says of that limit: as searched on
-        that GPU, else on another, else simulated."""
+        """The cases that ran with no more memory than a limit, beside what their need says of it: that of the same GPU,
+        else of another, else the simulated one."""
         rows = []
         for check in self.evidence.checks:
             limit = check.record.case.limit_bytes or 0

@@ -85,6 +85,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "mean_abs_difference": (REAL, "mean difference of that output; values are from 0 to 1"),
     "max_abs_difference": (REAL, "largest difference of that output"),
     "psnr_db": (REAL, "PSNR against that output; null where nothing differs"),
+    "leak_check_calls": (WHOLE, "calls of the leak check (--vram-leak-check)"),
+    "allocated_bytes_per_call": (REAL, "how much what tensors take grew from call to call in one process"),
+    "reserved_bytes_per_call": (REAL, "the same of PyTorch's pool"),
+    "host_bytes_per_call": (REAL, "the same of the process's anonymous host memory"),
+    "tensors_per_call": (REAL, "how many more tensors lived after each call"),
+    "leaks": (TEXT, "which of these grew for certain, joined with +; empty where none did"),
     "disturbed": (TEXT, "what disturbed the measurement"),
     "failure_phase": (TEXT, "where it failed"),
     "wall_s": (REAL, "seconds that the case took, all in all"),
@@ -175,6 +181,9 @@ def _row(record: Record) -> dict[str, Any]:
     if record.exactness:
         for name in ("mean_abs_difference", "max_abs_difference", "psnr_db"):
             row[name] = getattr(record.exactness, name)
+    if record.drift:
+        row |= record.drift.model_dump(exclude={"calls", "leaks"})
+        row |= {"leak_check_calls": record.drift.calls, "leaks": "+".join(record.drift.leaks)}
     return row
 
 

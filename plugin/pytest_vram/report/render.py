@@ -164,10 +164,12 @@ class Report:
 
 
 def for_spreadsheets(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The table with a quote before text that a spreadsheet would take for a formula."""
+    """The table with text that no terminal takes for more, and a quote before what a spreadsheet would take for a
+    formula."""
     quoted = table.copy()
     for column in map(str, table.select_dtypes("string").columns):
-        quoted[column] = table[column].str.replace(r"^([=+\-@\t\r])", r"'\1", regex=True)
+        text = table[column].map(printable, na_action="ignore").astype("string")
+        quoted[column] = text.str.replace(r"^([=+\-@])", r"'\1", regex=True)
     return quoted
 
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pytest_vram.cases.case import Case
-from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Phase, Record
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Drift, Phase, Record
 from pytest_vram.report.text import display_name, gib, printable, seconds
 
 WIDTH = 100
@@ -36,6 +36,19 @@ def required(record: Record) -> str:
     return "–"
 
 
+def drift(found: Drift) -> str:
+    """What a leak check found, in one line."""
+    if not found.leaks:
+        return f"no leak in {found.calls} calls"
+    said = []
+    for kind in found.leaks:
+        if kind == "tensors":
+            said.append(f"{found.tensors_per_call or 0:+.3g} tensors")
+        else:
+            said.append(f"{kind} {(getattr(found, f'{kind}_bytes_per_call') or 0) / 2**20:+.3g} MiB")
+    return f"LEAKS, each call: {', '.join(said)} ({found.calls} calls)"
+
+
 def deciding_phase(record: Record) -> Phase | None:
     """The phase that ran out of memory just below the need; else the one with the highest allocated peak."""
     peaks = {name: cost.allocated_peak_bytes for name, cost in record.phases.items() if cost.allocated_peak_bytes}
@@ -45,6 +58,11 @@ def deciding_phase(record: Record) -> Phase | None:
 
 def above_limit(record: Record, limit: int) -> str | None:
     """Why this case is not known to fit into `limit` bytes, or None where it fits."""
+    problem = _above_limit(record, limit)
+    return None if problem is None else printable(problem)
+
+
+def _above_limit(record: Record, limit: int) -> str | None:
     memory, phase = record.memory, deciding_phase(record)
     at_most = f"max_required is {gib(limit)} GiB"
     if record.status == "oom":
@@ -72,7 +90,7 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]]) -> 
     for record in records:
         by_model.setdefault(record.case.model, []).append(record)
     for model, group in by_model.items():
-        table.add_row(escape(display_name(model, aliases)))
+        table.add_row(escape(printable(display_name(model, aliases))))
         for record in group:
             table.add_row(*_row(record))
     console = Console(file=StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
@@ -83,14 +101,18 @@ def summary(records: Iterable[Record], aliases: Mapping[str, Iterable[str]]) -> 
 
 def _row(record: Record) -> list[str]:
     memory, time = record.memory, record.time
-    label = " ".join(record.case.labels)
+    label = printable(" ".join(record.case.labels))
     frames = record.case.frames if isinstance(record.case, Case) else None
     no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
     if no_effect:
-        label += f"\n   {', '.join(no_effect)}: no effect"
+        label += f"\n   {printable(', '.join(no_effect))}: no effect"
     if record.exactness is not None and not record.exact and record.exactness.mean_abs_difference:
         what = "not exact" if record.exactness.claimed else "the image"
         label += f"\n   {what}: differs by {record.exactness.mean_abs_difference:.2g}"
+    if record.drift is not None:
+        label += f"\n   {drift(record.drift)}"
+    elif "drift" in record.unavailable:
+        label += f"\n   no leak check: {printable(record.unavailable['drift'])[:200]}"
     if record.disturbed:
         label += f"\n   disturbed: {printable(record.disturbed)}"
     if record.gpus:
@@ -121,6 +143,7 @@ def properties(record: Record) -> dict[str, str]:
         "vram.allocated_peak_bytes": memory.allocated_peak_bytes,
         "vram.nvml_process_peak_bytes": memory.nvml_process_peak_bytes,
         "vram.median_s": time.median_s,
+        "vram.leaks": None if record.drift is None else ",".join(record.drift.leaks) or "none",
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -140,7 +163,9 @@ def line(record: Record) -> str:
             parts.append(f"{gib(record.memory.reserved_peak_bytes)} reserved")
         if record.time.median_s is not None:
             parts.append(f"{seconds(record.time.median_s)} s")
-    return ", ".join(parts)
+        if record.drift is not None:
+            parts.append(drift(record.drift))
+    return printable(", ".join(parts))
 
 
 def where_time_went(records: Iterable[Record], wall_s: float, gpus: int = 1) -> str:

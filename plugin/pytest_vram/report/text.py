@@ -1,8 +1,9 @@
 """How figures and names are written: in terminals, Markdown and CSV-like cells. Names come from files of strangers."""
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
+
+from pytest_vram.errors import printable as printable
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 _LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)  # what GitHub makes a link of by itself
@@ -36,15 +37,6 @@ def display_name(model: str, aliases: Mapping[str, Iterable[str]]) -> str:
     """A model's name with its aliases behind it."""
     others = ", ".join(aliases.get(model, ()))
     return f"{model} ({others})" if others else model
-
-
-def printable(text: str) -> str:
-    """One line that no terminal or page takes for more than text: controls, also of direction, become spaces."""
-    kept = ("?" if (kind := unicodedata.category(c)) == "Cs" else " " if kind in _CONTROLS else c for c in text)
-    return " ".join("".join(kept).split())
-
-
-_CONTROLS = ("Cc", "Cf", "Zl", "Zp")
 
 
 def markdown(text: str) -> str:

@@ -206,6 +206,11 @@ class Choice:
         return (self.record.need_phase or highest) == "load"
 
     @property
+    def leaks(self) -> tuple[str, ...]:
+        """What was seen to grow from call to call."""
+        return () if self.record.drift is None else tuple(self.record.drift.leaks)
+
+    @property
     def remark(self) -> str:
         """What a person should know before taking it."""
         each = " + ".join(gib(gpu.required_bytes) for gpu in self.gpus)
@@ -216,6 +221,7 @@ class Choice:
         exactness = self.record.exactness
         if exactness and not exactness.claimed and exactness.psnr_db is not None:
             remarks.append(f"image {exactness.psnr_db:.0f} dB")
+        remarks += [f"leaks: {', '.join(self.leaks)}"] if self.leaks else []
         remarks += ["out of memory"] if self.record.status == "oom" else []
         return "; ".join(remarks)
 
