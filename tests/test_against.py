@@ -620,8 +620,9 @@ def test_no_parallel_comparison(world: World) -> None:
     base = world.base_run
     measured = world.head("parallel", "-n=2", f"--vram-compare={base}")
     estimated = world.start("sweep", "parallel-estimates", "-n=2", f"--vram-compare={world.estimate}", *ESTIMATES)
+    assert measured.code == pytest.ExitCode.TESTS_FAILED, "each test says so"
+    assert estimated.code == pytest.ExitCode.USAGE_ERROR
     for session in (measured, estimated):
-        assert session.code == pytest.ExitCode.USAGE_ERROR
         assert "leave -n out" in session.output
         assert not session.results.exists()
 
