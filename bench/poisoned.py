@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-FAR_AWAY = 1 << 40  # an address that nobody has
+GIB = 1 << 30
 
 
 def build() -> Any:
@@ -22,12 +22,14 @@ def device_side_assert(pipe: Any) -> None:
 
 
 def illegal_address(pipe: Any) -> None:
-    """Memory that is nobody's is written."""
+    """Memory is written that was given back to the driver."""
     import torch
 
-    storage = torch._C._construct_storage_from_data_pointer(FAR_AWAY, torch.device("cuda", 0), 4096)
-    nowhere: Any = torch.empty(0, dtype=torch.uint8, device="cuda")
-    nowhere.set_(storage, 0, (4096,)).fill_(1)
+    address = torch.empty(GIB, dtype=torch.uint8, device="cuda").data_ptr()
+    torch.cuda.empty_cache()
+    storage = torch._C._construct_storage_from_data_pointer(address, torch.device("cuda", 0), GIB)
+    freed: Any = torch.empty(0, dtype=torch.uint8, device="cuda")
+    freed.set_(storage, 0, (GIB,)).fill_(1)
     torch.cuda.synchronize()
 
 
