@@ -211,10 +211,12 @@ def _probe(script: dict[str, Any], cap: int | None, figures: dict[str, Any], rep
 
 
 def _calls_again(script: dict[str, Any], job: Message, figures: dict[str, Any], reporter: Reporter) -> None:
-    """`grows` has bytes (or tensors) a call of what is counted; `tires` are the fields of a failure, or `die`."""
+    """`grows` has bytes (or tensors) a call of what is counted; `tires` is `die`, `hang` or a failure."""
     tires = script.get("tires")
     if tires == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if tires == "hang":
+        time.sleep(60)
     if tires:
         reporter.ask("failed", **{**figures, **tires})
     steps = range(job["leak_calls"] + 1)

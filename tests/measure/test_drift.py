@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pytest_vram.errors import UsageError
+from pytest_vram.measure import measurement
 from pytest_vram.measure.drift import drift_of, growth, held, readings
 from pytest_vram.measure.measurement import CaseInterrupted
 from pytest_vram.options import _leak_calls
@@ -146,6 +147,13 @@ def test_what_goes_wrong_leaves_the_measurement(cuda: Stage, tires: Any, reason:
     assert record.time.median_s == 1.0
     assert record.unavailable["drift"].startswith(reason)
     assert "no leak check: " in summary([record], {})
+
+
+def test_its_calls_have_the_time_that_so_many_may_take(cuda: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "later_timeout_s", lambda timeout_s, first_s: 0.25)
+    monkeypatch.setattr(measurement, "LATER_FACTOR", 0.1)
+    record = checked(cuda, tires="hang")  # five calls of a second each, as the rounds say
+    assert record.unavailable["drift"].startswith("timeout in the leak check: no result within 0.75 s")
 
 
 def test_a_case_that_failed_is_not_called_again(cuda: Stage) -> None:

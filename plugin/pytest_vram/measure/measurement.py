@@ -156,7 +156,7 @@ def _checked_for_leaks(record: Record, measurer: "CaseWorkers") -> Record:
         return record if record.status == "skipped" else without_drift(record, "the case did not complete")
     began = time.monotonic()
     try:
-        outcome = measurer.calls_again()
+        outcome = measurer.calls_again(record.time.median_s or 0.0)
     except KeyboardInterrupt:
         raise CaseInterrupted(without_drift(record, CHECK_INTERRUPTED)) from None
     if "message" in outcome:
@@ -200,6 +200,7 @@ class CaseWorkers:
         self.probes = 0
         self.timeout_s = settings.timeout_s or LEAST_S
         self._first_s: float | None = None  # what the first worker has taken that completed
+        self._more_s = 0.0  # what a worker may take longer than the first
         self.others: set[int] = set()  # processes that were seen on the GPU beside a worker
         self._room = 0
         self._capped = list(range(self.gpus))  # of the GPUs those whose allocator gets the cap
@@ -326,9 +327,11 @@ class CaseWorkers:
             raise NoNeed(f"within {room} {NOT_FOR_MEMORY}: {outcome['message']}")
         return Probe(cap, False, failed_in=outcome.get("phase"))
 
-    def calls_again(self) -> Message:
-        """What one more worker reports that calls the pipeline many times and says what it holds meanwhile."""
-        calls, limit = self.settings.leak_calls, self.case.limit_bytes
+    def calls_again(self, call_s: float) -> Message:
+        """What one more worker reports that calls the pipeline many times and says what it holds meanwhile. A call is
+        known to take `call_s`."""
+        calls, limit = self.settings.leak_calls or 0, self.case.limit_bytes
+        self._more_s = LATER_FACTOR * calls * call_s
         self.say(f"leak check: {calls} calls in one process")
         return self._worker(None if limit is None else limit - self.machine.context_bytes, leak_calls=calls).outcome
 
@@ -425,7 +428,7 @@ class CaseWorkers:
         first, *others = (WorkerRun({}, sampler) for sampler in samplers)
         first.peers = others
         timeout_s = self.timeout_s if self._first_s is None else later_timeout_s(self.timeout_s, self._first_s)
-        conversation = _Conversation(worker, first, interval_s, self.say, began, timeout_s)
+        conversation = _Conversation(worker, first, interval_s, self.say, began, timeout_s + self._more_s)
         if job:
             conversation.say = lambda _: None
         return conversation
