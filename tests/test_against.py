@@ -29,7 +29,8 @@ from pytest_vram.report.comparing import as_markdown
 from tests.compare.test_comparing import ENVIRONMENT, timed
 from tests.measure.test_environment import git
 from tests.records.test_reading import put
-from tests.test_own import write
+from tests.test_own import WARM, write
+from tests.warm import warm_forkserver
 
 HERE = Path(__file__).parent
 PLUGIN = HERE.parent / "plugin"
@@ -108,12 +109,12 @@ class Session:
         self.results, self.said = results, results.with_suffix(".txt")
         left_out = ("PYTEST_ADDOPTS", "GITHUB_STEP_SUMMARY")
         inherited = {name: value for name, value in os.environ.items() if name not in left_out}
-        path = os.pathsep.join([str(PLUGIN), str(folder.parent / "lib")])
+        path = os.pathsep.join([str(PLUGIN), str(WARM), str(folder.parent / "lib")])
         with self.said.open("wb") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", f"--vram-results={results}", *options],
                 cwd=folder,
-                env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environ},
+                env={**inherited, **warm_forkserver.environ(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environ},
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,

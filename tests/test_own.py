@@ -20,7 +20,8 @@ from pytest_vram.measure.job import own_job
 from pytest_vram.measure.own import described, readable
 from pytest_vram.records.files import read_run
 from pytest_vram.records.schema import SEARCH_INTERRUPTED, Record, Run
-from tests.test_plugin import command
+from tests.test_plugin import WARM, command
+from tests.warm import warm_forkserver
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
 ON_THE_CPU = ["--vram-device=cpu", "--vram-rounds=3"]
@@ -153,7 +154,8 @@ def run_pytest(folder: Path, *options: str, **environ: str) -> "subprocess.Compl
     """pytest in a folder that is not on `sys.path` of itself, as the command `pytest` runs it."""
     python, *arguments = command(*options)
     inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    environ = {**inherited, "PYTHONPATH": str(PLUGIN), "OMP_NUM_THREADS": "1", **environ}
+    path = os.pathsep.join([str(PLUGIN), str(WARM)])
+    environ = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **warm_forkserver.environ(), **environ}
     return subprocess.run([python, "-P", *arguments], cwd=folder, env=environ, capture_output=True, text=True)
 
 

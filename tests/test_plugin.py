@@ -21,8 +21,10 @@ from pytest_vram.cases.case import Case
 from pytest_vram.plugin import Manager
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
+from tests.warm import warm_forkserver
 
 HERE = Path(__file__).parent
+WARM = HERE / "warm"
 TEST = "def test_generation(vram_case):\n    vram_case.run()\n"
 PATIENCE_S = 60.0
 
@@ -30,7 +32,9 @@ PATIENCE_S = 60.0
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with the tiny model, its matrix, and one test."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent / "plugin"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent / "plugin"), str(WARM)]))
+    for name, value in warm_forkserver.environ().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other work, threads that wait for each other take minutes
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     (pytester.path / "models").mkdir()
@@ -269,6 +273,7 @@ def started(project: pytest.Pytester) -> Iterator[Callable[..., "subprocess.Pope
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTEST_PLUGINS"},  # its own server
             # a shell's background jobs ignore Ctrl-C, and what they start does too
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
