@@ -109,12 +109,15 @@ class Session:
         self.results, self.said = results, results.with_suffix(".txt")
         left_out = ("PYTEST_ADDOPTS", "GITHUB_STEP_SUMMARY")
         inherited = {name: value for name, value in os.environ.items() if name not in left_out}
+        # of what is installed these two alone, here and where times are measured again: others take long to import
+        warm = {**warm_forkserver.environ(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        warm["PYTEST_PLUGINS"] += ",xdist.plugin,pytest_benchmark.plugin"
         path = os.pathsep.join([str(PLUGIN), str(WARM), str(folder.parent / "lib")])
         with self.said.open("wb") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", f"--vram-results={results}", *options],
                 cwd=folder,
-                env={**inherited, **warm_forkserver.environ(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environ},
+                env={**inherited, **warm, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environ},
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
@@ -450,7 +453,8 @@ def interrupted(world: World) -> tuple[Session, list[psutil.Process]]:
     """Ctrl-C while the base is measured again, in a call that does not end; and the processes that there were."""
     world.stored("stuck", "slow steady twice twice#2", commit=world.commit("stuck")[:7])
     checkout = f"--vram-base-checkout={world.folder / 'stuck'}"
-    session = world.head("stuck", "--vram-compare=latest", checkout, "-k=slow or steady")
+    # its processes are looked at: fork servers of their own
+    session = world.head("stuck", "--vram-compare=latest", checkout, "-k=slow or steady", PYTEST_PLUGINS="")
     deadline = time.monotonic() + PATIENCE_S
     while not (processes := of_the_base(session.process, world.folder / "stuck")):
         assert session.process.poll() is None, session.output

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,11 +46,25 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 
 def command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-p", "pytest_vram.plugin", "-p", "no:cacheprovider", *options]
+    left_out = [f"-pno:{plugin}" for plugin in ("cacheprovider", "hypothesispytest", "anyio")]  # long to import
+    return [sys.executable, "-m", "pytest", "-p", "pytest_vram.plugin", *left_out, *options]
 
 
 def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return project.run(*command(*options))
+    """pytest with these options: in this process, but where it starts xdist workers."""
+    if "-n" in options:
+        return project.run(*command(*options))
+    with as_if_started():
+        return project.runpytest_inprocess(*command(*options)[3:])
+
+
+@contextlib.contextmanager
+def as_if_started() -> Iterator[None]:
+    """What a process of its own would have: its path, and nothing that warns as an error does here."""
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.resetwarnings()
+        patch.syspath_prepend(WARM)
+        yield
 
 
 def run_of(project: pytest.Pytester, folder: str = "*") -> Run:
@@ -438,6 +453,9 @@ class Terminal:
     def section(self, title: str) -> None:
         self.lines.append(title)
 
+    def ensure_newline(self) -> None:
+        pass
+
     def write_line(self, text: str, **_: Any) -> None:
         self.lines.append(text)
 
@@ -447,6 +465,7 @@ def manager_on(terminal: Terminal | None, **session: Any) -> Manager:
     plugins = SimpleNamespace(getplugin={"terminalreporter": terminal, "capturemanager": None}.get)
     manager.config = SimpleNamespace(pluginmanager=plugins, get_verbosity=lambda: 0)
     manager.session, manager.problem = SimpleNamespace(**session) if session else None, None
+    manager.told, manager.controller = 0, None
     found: Manager = manager
     return found
 
@@ -463,8 +482,9 @@ def test_a_line_that_stays_is_shown_where_there_is_no_terminal_to_rewrite_on(
 
 def test_memory_that_means_something_else_is_said_under_the_table() -> None:
     environment = {"unified_memory": True}
-    facts = {"records": [], "options": SimpleNamespace(device="meta"), "run_path": "run.json", "comparison": None}
+    facts = {"options": SimpleNamespace(device="meta"), "unsaved": None, "comparison": None, "notes": []}
     for found, times in ((environment, 1), ({}, 0)):
-        terminal, journal = Terminal(), SimpleNamespace(run=Run(environment=found, sweep="default"))
-        manager_on(terminal, journal=journal, **facts).pytest_terminal_summary(terminal)
+        terminal, run = Terminal(), Run(environment=found, sweep="default")
+        written = SimpleNamespace(run=run, records=run.records, path="run.json")
+        manager_on(terminal, written=[written], **facts).pytest_terminal_summary(terminal)
         assert sum(line.startswith("vram: GPU and host share one memory: ") for line in terminal.lines) == times

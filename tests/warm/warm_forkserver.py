@@ -6,6 +6,7 @@ imported once, by the interpreter that `environ` starts in the process that runs
 session's environment, folder and path. What is about that process itself is tested without this plugin.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -21,6 +22,8 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 SOCKET = "WARM_FORKSERVER"
 IMPORTED = ["StableDiffusionPipeline", "AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler", "DDIMScheduler"]
@@ -44,14 +47,17 @@ def environ() -> dict[str, str]:
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
         )
-    running.append(process)
+    atexit.register(end, process)
     return {SOCKET: path, "PYTEST_PLUGINS": Path(__file__).stem}
 
 
-running: list["subprocess.Popen[bytes]"] = []
+def end(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin
+    process.stdin.close()
+    process.wait(10)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """In a session: its fork servers are asked for at the warm interpreter."""
     from pytest_vram.measure import forkserver
 
@@ -60,7 +66,9 @@ def pytest_configure() -> None:
         return Forked(warm, command, **options) if warm else subprocess.Popen(command, **options)
 
     kept = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
-    forkserver.subprocess = SimpleNamespace(Popen=start, **kept)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(forkserver, "subprocess", SimpleNamespace(Popen=start, **kept))
+    config.add_cleanup(patch.undo)
 
 
 class Forked:
@@ -110,14 +118,14 @@ def main(listening: int, folder: str) -> None:
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(fileno=listening)
-    while sys.stdin.fileno() not in (ready := select.select([listener, sys.stdin], [], [])[0]):
-        assert ready
+    while sys.stdin not in (select.select([listener, sys.stdin], [], [])[0]):
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
             keep(connection)
         connection.close()
     shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)  # what was imported would take its time to end
 
 
 def keep(connection: socket.socket) -> None:
