@@ -436,7 +436,7 @@ def test_a_pipeline_that_is_installed_is_the_same_on_both_sides(world: World) ->
     base = world.stored("installed", "slow", workers=1)
     write(world.folder / "site", {"pipes.py": SLOWER})
     options = [f"--vram-compare={base}", f"--vram-base-checkout={world.folder / 'base'}", "-k=slow"]
-    path = os.pathsep.join([str(PLUGIN), str(world.folder / "site")])
+    path = os.pathsep.join([str(PLUGIN), str(WARM), str(world.folder / "site")])
     session = world.head("installed", *options, PYTHONPATH=path)
     assert session.verdicts == {"slow": "ambiguous"}
     assert session.code == pytest.ExitCode.USAGE_ERROR

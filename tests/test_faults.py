@@ -84,7 +84,9 @@ class Project:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
         command = [sys.executable, "-m", "pytest", "-p", "pytest_vram.plugin"]
-        command += [f"-pno:{plugin}" for plugin in ("cacheprovider", "anyio", "xdist")]  # which take time to import
+        command += [
+            f"-pno:{plugin}" for plugin in ("cacheprovider", "anyio", "hypothesispytest", "xdist")
+        ]  # which take time to import
         process = subprocess.Popen(
             [*command, "--vram-device=cpu", *options],
             cwd=self.folder,
