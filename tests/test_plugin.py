@@ -482,7 +482,12 @@ def test_a_line_that_stays_is_shown_where_there_is_no_terminal_to_rewrite_on(
 
 def test_memory_that_means_something_else_is_said_under_the_table() -> None:
     environment = {"unified_memory": True}
-    facts = {"options": SimpleNamespace(device="meta"), "unsaved": None, "comparison": None, "notes": []}
+    facts: dict[str, Any] = {
+        "options": SimpleNamespace(device="meta"),
+        "unsaved": None,
+        "comparison": None,
+        "notes": [],
+    }
     for found, times in ((environment, 1), ({}, 0)):
         terminal, run = Terminal(), Run(environment=found, sweep="default")
         written = SimpleNamespace(run=run, records=run.records, path="run.json")
