@@ -29,7 +29,8 @@ from pytest_vram.report.comparing import as_markdown
 from tests.compare.test_comparing import ENVIRONMENT, timed
 from tests.measure.test_environment import git
 from tests.records.test_reading import put
-from tests.test_own import WARM, write
+from tests.test_own import write
+from tests.test_plugin import WARM
 from tests.warm import warm_forkserver
 
 HERE = Path(__file__).parent
