@@ -175,7 +175,7 @@ def test_one_argument_that_is_no_file(name: str, compare: Compare) -> None:
     a_file("results/gpu/20261101T000000Z_1a2b3c4_0000.json")
     said = line(compare(name))
     assert "BASE and HEAD" in said
-    assert name.split("\n")[0].lstrip("\x1b") in said
+    assert name.split("\n")[0].lstrip("\x1b")[:900] in said
 
 
 def test_a_run_is_no_comparison_and_a_comparison_is_no_run(compare: Compare) -> None:

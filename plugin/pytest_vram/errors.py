@@ -38,8 +38,12 @@ class VramError(Exception):
     """Anything that this package reports to a person: one line, whatever stood in the file that it is about."""
 
     def __init__(self, message: str) -> None:
-        line = _plain(message[: 2 * MAX_MESSAGE]).strip()  # a path may hold two spaces
-        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 1]}…")
+        if (
+            len(message) > MAX_MESSAGE
+        ):  # a long name: what is wrong with it stands before it, what would be right behind
+            half = MAX_MESSAGE // 2
+            message = f"{message[: half - 1]}…{message[-half:]}"
+        super().__init__(_plain(message).strip())  # a path may hold two spaces
 
 
 class UsageError(VramError):

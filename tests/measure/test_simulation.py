@@ -1,6 +1,7 @@
 """The estimate: a real pipeline on tensors without data."""
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -149,7 +150,15 @@ class Heard:
         return {"throttled": []}
 
 
-def test_a_worker_reports_that_a_flag_is_inapplicable(tiny: Model) -> None:
+@pytest.fixture
+def unbounded() -> Iterator[None]:
+    """A worker's task bounds the memory of its process, which is this one here."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_a_worker_reports_that_a_flag_is_inapplicable(tiny: Model, unbounded: None) -> None:
     case = case_of(tiny, optimizations=("fp32", "attention_flash"))
     document = {
         "id": case.id,
