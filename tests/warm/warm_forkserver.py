@@ -94,6 +94,7 @@ class Forked:
             if not select.select([self._socket], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("fork server", timeout or 0)
             self.returncode = int(self._answers.readline())
+            self._answers.close()  # holds the socket open, too
             self._socket.close()
         return self.returncode
 
