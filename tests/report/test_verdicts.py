@@ -413,6 +413,20 @@ def test_a_set_with_an_idle_flag_stands_back() -> None:
     assert taken(of(measured("fp16", 50 * GIB), idle("fp16+a", "a")), card(20 * GIB)) == ("fp16", "no")
 
 
+def test_a_gpu_that_searched_no_need_leaves_the_set_to_one_that_did() -> None:
+    """Even where it measured more sets than the other."""
+    others = [measured(names, 50 * GIB) for names in ("bf16", "bf16+vae_tiling", "bf16+vae_slicing")]
+    newer = run([unsearched("fp16", 5 * GIB), unsearched("fp16+tiny_vae", 5 * GIB), *others], gpu=RTX_4090)
+    evidence = gather([run([measured("fp16", 9 * GIB)]), newer])
+    assert taken(evidence, card(40 * GIB)) == ("fp16+tiny_vae", "fits")  # nobody searched this one
+    assert taken(evidence, card(9 * GIB)) == ("fp16+tiny_vae", "fits")
+    (plain, _), *_ = evidence.groups(evidence.subjects["sdxl"][0])
+    assert plain.optimizations == ("bf16",)
+    evidence = gather([run([measured("fp16", 9 * GIB)]), run([unsearched("fp16", 5 * GIB), *others], gpu=RTX_4090)])
+    assert taken(evidence, card(11 * GIB)) == ("fp16", "fits")
+    assert taken(evidence, card(8 * GIB)) == ("fp16", "no")
+
+
 def test_what_was_measured_comes_before_what_was_estimated() -> None:
     evidence = gather([run([SLOW]), no_gpu(estimated("fp16+vae_slicing", 2 * GIB))])
     assert taken(evidence, card(40 * GIB)) == ("fp16+vae_tiling", "fits")

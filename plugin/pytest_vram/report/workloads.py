@@ -311,11 +311,17 @@ class Evidence:
 
     @cached_property
     def _candidates(self) -> dict[Workload, list[list[Choice]]]:
-        return {w: [for_one_gpu(c) for c in (*self.by_gpu(w), self.estimated(w))] for w in self.choices}
+        found = {}
+        for workload in self.choices:
+            groups = self.by_gpu(workload)
+            searched = {c.optimizations for choices in groups for c in choices if not c.estimated}
+            known = [[c for c in choices if not c.estimated or c.optimizations not in searched] for choices in groups]
+            found[workload] = [for_one_gpu(choices) for choices in (*known, self.estimated(workload))]
+        return found
 
     def candidates(self, workload: Workload) -> list[list[Choice]]:
         """What may be taken for one card: of each GPU, and of the estimates, the choices without flags that change
-        nothing."""
+        nothing. A GPU on which a need was not searched leaves the set to one on which it was."""
         return self._candidates[workload]
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
@@ -430,6 +436,7 @@ def baseline(choices: Sequence[Choice]) -> Choice:
     """The choice that the others of a workload are compared with: a dtype alone, else the fewest optimizations."""
     by_set = {choice.optimizations: choice for choice in choices}
     plain = [by_set[(dtype,)] for dtype in DTYPES if (dtype,) in by_set]
+    plain.sort(key=lambda choice: choice.gpu is not None and choice.estimated)  # timed, but its need not searched
     return plain[0] if plain else min(choices, key=lambda choice: len(choice.optimizations))
 
 
