@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from pytest_vram.interrupting import terminate_as_ctrl_c
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
+from tests.test_plugin import wait_for
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 60.0
@@ -133,15 +134,6 @@ class Project:
 
         found: list[psutil.Process] = wait_for(look)
         return found
-
-
-def wait_for(what: Callable[[], Any]) -> Any:
-    """What `what` gives once it gives something."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := what()):
-        assert time.monotonic() < deadline, "nothing came of it"
-        time.sleep(0.02)
-    return found
 
 
 def statuses(run: Run) -> dict[str, str]:

@@ -38,9 +38,7 @@ class VramError(Exception):
     """Anything that this package reports to a person: one line, whatever stood in the file that it is about."""
 
     def __init__(self, message: str) -> None:
-        if (
-            len(message) > MAX_MESSAGE
-        ):  # a long name: what is wrong with it stands before it, what would be right behind
+        if len(message) > MAX_MESSAGE:  # by a long name, which stands between what is wrong and what would be right
             half = MAX_MESSAGE // 2
             message = f"{message[: half - 1]}…{message[-half:]}"
         super().__init__(_plain(message).strip())  # a path may hold two spaces

@@ -63,6 +63,11 @@ def test_what_grows_for_certain(kind: str, values: list[int], leaks: list[str]) 
     assert drift_of({"host": [0] * len(values), kind: values}).leaks == leaks
 
 
+def test_of_many_readings_some_are_compared_and_the_growth_is_that_of_one_call() -> None:
+    assert growth([5 * n for n in range(10_001)]) == (5, 5, 5)
+    assert growth([n + 3 * (n % 2) for n in range(1001)])[0] == pytest.approx(1, abs=0.01)
+
+
 def test_readings_are_of_one_process_warmed_up() -> None:
     calls = 0
 

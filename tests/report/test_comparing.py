@@ -17,6 +17,7 @@ from pytest_vram.compare.comparison import (
     Side,
     Word,
 )
+from pytest_vram.errors import printable
 from pytest_vram.report.comparing import (
     FAILING_ROWS,
     MARKER,
@@ -28,7 +29,6 @@ from pytest_vram.report.comparing import (
     title,
     verdict_line,
 )
-from pytest_vram.report.text import printable
 from tests.report.test_render import HOSTILE as NAMES
 from tests.report.test_text import HOSTILE, MARKDOWN
 

@@ -18,7 +18,7 @@ import pytest
 
 from pytest_vram.cases.case import OwnCase
 from pytest_vram.cases.models import Model, read_models
-from pytest_vram.errors import UsageError
+from pytest_vram.errors import UsageError, printable
 from pytest_vram.records.files import Refused
 from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Record, Run
@@ -27,7 +27,6 @@ from pytest_vram.report.charts import CHARTS, Facts
 from pytest_vram.report.document import Document, Table
 from pytest_vram.report.drawing import style, svg
 from pytest_vram.report.render import Report
-from pytest_vram.report.text import printable
 from tests.records.test_schema import BARE, FAILURE, MIB, facts, own, record
 
 H100 = {

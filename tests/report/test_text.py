@@ -3,7 +3,8 @@
 import pytest
 from markdown_it import MarkdownIt
 
-from pytest_vram.report.text import code, display_name, gib, markdown, printable, seconds, signed
+from pytest_vram.errors import printable
+from pytest_vram.report.text import code, display_name, gib, markdown, seconds, signed
 
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 

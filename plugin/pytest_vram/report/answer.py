@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pytest_vram.errors import UsageError
+from pytest_vram.errors import UsageError, printable
 from pytest_vram.report.cards import Card
 from pytest_vram.report.document import Document
-from pytest_vram.report.text import gib, printable, seconds
+from pytest_vram.report.text import gib, seconds
 from pytest_vram.report.verdicts import WORDS, Verdict, best, minimum, recommended
 from pytest_vram.report.workloads import Workload
 

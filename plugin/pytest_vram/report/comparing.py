@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pytest_vram.compare.comparison import ORDER, CaseComparison, Change, Comparison, Difference, Side, Word
-from pytest_vram.report.text import code, gib, markdown, printable, seconds, signed
+from pytest_vram.errors import printable
+from pytest_vram.report.text import code, gib, markdown, seconds, signed
 
 WIDTH = 100
 MOST_ROWS = 20  # of the verdicts that stop nothing

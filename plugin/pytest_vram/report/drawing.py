@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pytest_vram.report.text import printable
+from pytest_vram.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,9 +3,9 @@
 from collections.abc import Hashable
 from typing import Any
 
+from pytest_vram.errors import printable
 from pytest_vram.report.cards import GIB, NATIVE_FROM, Card
 from pytest_vram.report.document import Document
-from pytest_vram.report.text import printable
 from pytest_vram.report.verdicts import WORDS, Outcome, best, judge
 from pytest_vram.report.workloads import Choice, Evidence, Workload, against, frontier
 

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pytest_vram.cases.case import Case
+from pytest_vram.errors import printable
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Drift, Phase, Record
-from pytest_vram.report.text import display_name, gib, printable, seconds
+from pytest_vram.report.text import display_name, gib, seconds
 
 WIDTH = 100
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from pytest_vram.errors import printable as printable
+from pytest_vram.errors import printable
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 _LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)  # what GitHub makes a link of by itself
