@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
 from pytest_vram.cases.thresholds import Limits
 from pytest_vram.compare.comparing import compare
 from pytest_vram.compare.finding import read_one
+from pytest_vram.errors import UsageError
 from pytest_vram.measure import nvml
+from pytest_vram.measure.visible import visible_uuids
 from pytest_vram.measure.worker import die_with_parent
 from pytest_vram.records.files import read_journal
 from pytest_vram.records.reading import ReadRun
@@ -186,9 +188,9 @@ def differences(base: ReadRun, head: ReadRun, ids: set[str]) -> list[str]:
 
 
 def used() -> list[int]:
-    """Bytes in use on each GPU; none without NVML."""
-    with contextlib.suppress(nvml.NvmlUnavailable):
-        return [gpu.used_bytes() or 0 for gpu in nvml.gpus()]
+    """Bytes in use on each GPU that CUDA may use; none without NVML."""
+    with contextlib.suppress(nvml.NvmlUnavailable, UsageError):
+        return [nvml.gpu_by_uuid(uuid).used_bytes() or 0 for uuid in visible_uuids()]
     return []
 
 
@@ -225,7 +227,8 @@ def main() -> None:
     faults = plan(base.records, given.kinds.split(","), given.faults, given.seed)
 
     on_gpu = base.run.options.get("device") == "cuda"
-    poisoned = [str(Path(__file__).with_name("poisoned.py"))] if on_gpu else []
+    # the option, as pytest 9 leaves out what lies within another argument
+    poisoned = [str(Path(__file__).with_name("poisoned.py")), "--keep-duplicates"] if on_gpu else []
     timeout = f"--vram-timeout={round(20 + 3 * longest_s)}"
     disturbed = Sweep([*given.options, *poisoned, timeout], folder / "disturbed")
     disturbed.start()
