@@ -58,30 +58,55 @@ def two_networks() -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, bias=False) for name in ("encoder", "vae")})
 
 
-def test_a_network_comes_when_it_is_entered_and_sends_the_others_away() -> None:
+def pipeline_of(networks: torch.nn.ModuleDict, order: str | None = "encoder->denoiser->vae", stay: str = "") -> Any:
+    """What offload looks at in a pipeline."""
+    return SimpleNamespace(
+        components={"scheduler": None, **networks}, model_cpu_offload_seq=order, _exclude_from_cpu_offload=[stay]
+    )
+
+
+def test_a_network_comes_when_it_is_entered_and_sends_the_one_before_it_away() -> None:
     networks = two_networks()
     log, sample = Log(networks), torch.zeros(1, 4)
-    came = one_network_at_a_time(dict(networks.items()), log)
+    pipe = pipeline_of(networks)
+    came = one_network_at_a_time(pipe, log)
     assert log.news() == "-encoder.weight -vae.weight", "all begin on the host"
     assert not came()
     networks["encoder"](sample)
-    assert log.news() == "-encoder.weight -vae.weight empty +encoder.weight"
+    assert log.news() == "+encoder.weight"
     networks["encoder"](sample)
     assert log.news() == "", "it is there already"
     networks["vae"](sample)
-    assert log.news() == "-encoder.weight -vae.weight empty +vae.weight"
+    assert log.news() == "-encoder.weight empty +vae.weight"
+    networks["encoder"](sample)
+    assert log.news() == "+encoder.weight", "out of order: nothing sends the VAE away"
+    pipe.maybe_free_model_hooks()
+    assert log.news() == "-encoder.weight -vae.weight empty", "the end of a call"
     assert came()
+
+
+def test_a_network_out_of_the_order_sends_none_away_and_one_that_is_excluded_stays() -> None:
+    networks = two_networks()
+    log = Log(networks)
+    came = one_network_at_a_time(pipeline_of(networks, order="encoder", stay="vae"), log)
+    assert log.news() == "-encoder.weight -vae.weight +vae.weight"
+    networks["encoder"](torch.zeros(1, 4))
+    networks["vae"](torch.zeros(1, 4))
+    assert log.news() == "+encoder.weight"
+    assert came()
+    one_network_at_a_time(pipeline_of(networks, order=None), log)
+    assert log.news() == "-encoder.weight -vae.weight", "there is no order"
 
 
 def test_a_method_that_asks_for_the_hook_brings_the_network_too() -> None:
     """diffusers looks for `_hf_hook` around a VAE's decode, which is no forward."""
     networks = two_networks()
     log = Log(networks)
-    came = one_network_at_a_time(dict(networks.items()), log)
+    came = one_network_at_a_time(pipeline_of(networks), log)
     log.news()
     hook: object = networks["vae"]._hf_hook
     assert getattr(hook, "pre_forward")(networks["vae"], 1, a=2) == ((1,), {"a": 2})  # noqa: B009
-    assert log.news() == "-encoder.weight -vae.weight empty +vae.weight"
+    assert log.news() == "+vae.weight"
     assert came()
 
 
@@ -161,13 +186,13 @@ def test_offload_is_simulated_the_same_each_time_and_takes_less(tiny: Model, off
     assert first.phases["load"] < 64 << 10 < whole.weights < whole.phases["load"], "all begin on the host"
 
 
-def test_model_offload_has_each_network_come_once_a_call(tiny: Model) -> None:
+def test_model_offload_empties_the_cache_when_a_network_leaves_and_at_the_end_of_a_call(tiny: Model) -> None:
     _, events = simulated(tiny, "fp32", "model_offload")
     calls = 2
     assert events.count(EMPTIED) == calls * len(tiny.components)
-    for event, after in pairwise(events):
+    for before, event in pairwise(events):
         if event == EMPTIED:
-            assert after[0] > 0, "a weight comes next"
+            assert before[0] < 0, "a weight has just left"
 
 
 def test_sequential_offload_empties_the_cache_after_each_load(tiny: Model) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
@@ -323,6 +324,13 @@ class Trace(TorchDispatchMode):
 # Kernels that come as one operator, as what they allocate; where a file is named, its operators are repeated.
 
 
+def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """aten/src/ATen/native/SoftMax.cpp: a mask of all scores says which rows have nothing to attend to."""
+    out = torch.softmax(scores, dim, dtype)
+    scores.eq(-torch.inf)
+    return out
+
+
 def _int4_matmul(sample: torch.Tensor, weight: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
     """PyTorch's own function for meta tensors wants fake ones (2.13)."""
     return sample.new_empty(sample.shape[0], scales.shape[1])
@@ -373,6 +381,7 @@ def _quanto_matmul(sample: torch.Tensor, weight: torch.Tensor, scales: torch.Ten
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "aten::_safe_softmax": _safe_softmax,
     "aten::_weight_int4pack_mm": _int4_matmul,
     "bitsandbytes::gemm_4bit": _bnb_4bit_matmul,
     "bitsandbytes::int8_mixed_scaled_mm": _bnb_int8_mixed_matmul,
@@ -383,10 +392,12 @@ KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _is_fused() -> bool:
-    """Whether attention may take a fused kernel; under `sdpa_kernel(SDPBackend.MATH)` it may not."""
+def _is_fused(operands: Iterable[Any]) -> bool:
+    """Whether attention may take a fused kernel: not under `sdpa_kernel(SDPBackend.MATH)`, nor where the last dimension
+    of an operand or the mask is not dense (sdp_utils_cpp.h), as it is not of the position biases of T5."""
     cuda = torch.backends.cuda
-    return bool(cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+    enabled = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
+    return bool(enabled) and all(tensor.stride(-1) == 1 for tensor in _tensors_in(operands))
 
 
 class OneDevice(TorchFunctionMode):
@@ -411,8 +422,11 @@ class OneDevice(TorchFunctionMode):
             kwargs.pop("device", None)
         if func in (torch.Tensor.numpy, torch.Tensor.tolist) and args[0].is_meta:
             return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
-        if func is torch.nn.functional.scaled_dot_product_attention and _is_fused():
-            return self._attention(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            if _is_fused((*args, *kwargs.values())):
+                return self._attention(*args, **kwargs)
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(

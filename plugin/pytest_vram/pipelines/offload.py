@@ -1,7 +1,7 @@
 """Offload with no GPU: the comings and goings of the weights, told to a recorder as the hooks of accelerate and
 diffusers make them."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import group_offloading
 
 from pytest_vram.errors import Inapplicable
-from pytest_vram.pipelines.build import modules_in_order, stored
+from pytest_vram.pipelines.build import modules_in_order, networks, stored
 
 META = torch.device("meta")
 
@@ -64,28 +64,49 @@ class Unit:
 class _Entry:
     """The hook that accelerate leaves on a network; methods other than forward (a VAE's decode) look for it."""
 
-    def __init__(self, unit: Unit, units: Iterable[Unit]) -> None:
-        self.unit, self.units = unit, units
+    def __init__(self, unit: Unit, previous: Unit | None) -> None:
+        self.unit, self.previous = unit, previous
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if not self.unit.loaded:
-            for other in self.units:
-                other.drop()
+        if self.previous and self.previous.loaded:
+            self.previous.drop()
             self.unit.recorder.empty_cache()
-            self.unit.load()
+        self.unit.load()
         return args, kwargs
 
     def enter(self, module: Any, _: Any) -> None:
         self.pre_forward(module)
 
 
-def one_network_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Recorder) -> Callable[[], bool]:
-    """`enable_model_cpu_offload`: entering a network sends the others away. The result says whether any came."""
-    units = [Unit(list(modules_in_order({name: network})), recorder) for name, network in networks.items()]
-    for network, unit in zip(networks.values(), units, strict=True):
-        entry = _Entry(unit, units)
+def one_network_at_a_time(pipe: Any, recorder: Recorder) -> Callable[[], bool]:
+    """`enable_model_cpu_offload`: entering a network sends away the one before it in the pipeline's order, and the end
+    of a call all; one that is entered out of order finds others still there. The result says whether any came."""
+    left = networks(pipe)
+    units: list[Unit] = []
+
+    def hooked(network: torch.nn.Module, previous: Unit | None) -> Unit:
+        unit = Unit(list(modules_in_order({"": network})), recorder)
+        entry = _Entry(unit, previous)
         network._hf_hook = entry  # type: ignore[assignment]
         network.register_forward_pre_hook(entry.enter)
+        units.append(unit)
+        return unit
+
+    previous = None
+    for name in (pipe.model_cpu_offload_seq or "").split("->"):
+        if name in left:
+            previous = hooked(left.pop(name), previous)
+    for name, network in left.items():
+        unit = hooked(network, None)
+        if name in pipe._exclude_from_cpu_offload:
+            unit.load()
+
+    def all_leave() -> None:
+        for unit in units:
+            unit.drop()
+        recorder.empty_cache()
+
+    pipe.maybe_free_model_hooks = all_leave
     return lambda: sum(unit.loads for unit in units) > 0
 
 

@@ -40,10 +40,9 @@ class ModelOffload(Optimization):
         return lambda: bool(alone) and all(alone)
 
     def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
-        from pytest_vram.pipelines.build import networks
         from pytest_vram.pipelines.offload import one_network_at_a_time
 
-        return one_network_at_a_time(networks(pipe), recorder)
+        return one_network_at_a_time(pipe, recorder)
 
 
 class SequentialOffload(Optimization):
