@@ -4,8 +4,8 @@ python bench/faults.py -- bench --gpu --vram-sweep=smoke
 python bench/faults.py -- bench --vram-device=cpu --vram-matrix=tests/matrix.toml
 
 What follows `--` is for pytest. Each fault hits the worker that runs, or the fork server; with a GPU the pipelines of
-bench/poisoned.py run along. Then the sweep is gone on with, pytest itself is killed in the middle of a case, the last
-line of the journal is torn as by a loss of power, and the sweep is gone on with to its end.
+bench/poisoned.py follow. Then the sweep is gone on with, pytest itself is killed in the middle of a case, the last line
+of the journal is torn as by a loss of power, and the sweep is gone on with to its end.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from pytest_vram.records.resuming import is_done
 from pytest_vram.records.schema import Record
 
 ROOT = Path(__file__).parents[1]
+POISONED = Path(__file__).with_name("poisoned.py")
 MIB = 1 << 20
 KINDS = {
     "kill": ("worker", signal.SIGKILL),
@@ -226,11 +227,8 @@ def main() -> None:
     longest_s = max(record.wall.total_s for record in base.records if record.wall)
     faults = plan(base.records, given.kinds.split(","), given.faults, given.seed)
 
-    on_gpu = base.run.options.get("device") == "cuda"
-    # the option, as pytest 9 leaves out what lies within another argument
-    poisoned = [str(Path(__file__).with_name("poisoned.py")), "--keep-duplicates"] if on_gpu else []
     timeout = f"--vram-timeout={round(20 + 3 * longest_s)}"
-    disturbed = Sweep([*given.options, *poisoned, timeout], folder / "disturbed")
+    disturbed = Sweep([*given.options, timeout], folder / "disturbed")
     disturbed.start()
     disturb(disturbed, faults)
     code = disturbed.end()
@@ -240,8 +238,11 @@ def main() -> None:
     table = Table("what was done", "case", "what became of it", title=f"seed {given.seed}, pytest's exit code {code}")
     for name, fault in hit.items():
         table.add_row(fault.done, name, became(records.get(name)))
-    for record in head.records:
-        if "poisoned" in record.id:
+    poisoned = Sweep([str(POISONED), "--gpu", "--vram-no-need", timeout], folder / "poisoned")
+    if base.run.options.get("device") == "cuda":
+        poisoned.start()
+        poisoned.end()
+        for record in poisoned.run().records:
             table.add_row("its own pipeline", record.id.split("::")[-1], became(record))
     Console().print(table)
     others = {record.id for record in base.records} - hit.keys()
@@ -255,7 +256,7 @@ def main() -> None:
     print(f"resumed to the end: exit code {disturbed.end()}, journals left: {len(disturbed.files('*.jsonl'))}")
     problems += [f"at the end: {text}" for text in differences(base, disturbed.run(), {r.id for r in base.records})]
     problems += [f"never done: {fault}" for fault in faults if not fault.done]
-    problems += left_over(undisturbed.seen | disturbed.seen, idle)
+    problems += left_over(undisturbed.seen | disturbed.seen | poisoned.seen, idle)
     print("\n".join(problems) or f"nothing else was lost or changed, and nothing is left over; {folder}")
     raise SystemExit(bool(problems))
 
