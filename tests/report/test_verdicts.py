@@ -427,6 +427,13 @@ def test_a_gpu_that_searched_no_need_leaves_the_set_to_one_that_did() -> None:
     assert taken(evidence, card(8 * GIB)) == ("fp16", "no")
 
 
+def test_a_flag_stays_idle_on_a_gpu_that_leaves_the_set_without_it_to_another() -> None:
+    idle_one = unsearched("fp16+a", 5 * GIB, effects={"a": "no_effect"})
+    newer = run([unsearched("fp16", 5 * GIB), idle_one], gpu=RTX_4090)
+    evidence = gather([run([measured("fp16", 6 * GIB)]), newer])
+    assert taken(evidence, card(40 * GIB)) == ("fp16", "fits")
+
+
 def test_what_was_measured_comes_before_what_was_estimated() -> None:
     evidence = gather([run([SLOW]), no_gpu(estimated("fp16+vae_slicing", 2 * GIB))])
     assert taken(evidence, card(40 * GIB)) == ("fp16+vae_tiling", "fits")

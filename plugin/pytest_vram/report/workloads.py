@@ -315,8 +315,9 @@ class Evidence:
         for workload in self.choices:
             groups = self.by_gpu(workload)
             searched = {c.optimizations for choices in groups for c in choices if not c.estimated}
-            known = [[c for c in choices if not c.estimated or c.optimizations not in searched] for choices in groups]
-            found[workload] = [for_one_gpu(choices) for choices in (*known, self.estimated(workload))]
+            for_one = [for_one_gpu(choices) for choices in groups]
+            known = [[c for c in choices if not c.estimated or c.optimizations not in searched] for choices in for_one]
+            found[workload] = [*known, for_one_gpu(self.estimated(workload))]
         return found
 
     def candidates(self, workload: Workload) -> list[list[Choice]]:
