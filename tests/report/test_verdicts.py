@@ -427,6 +427,13 @@ def test_a_gpu_that_searched_no_need_leaves_the_set_to_one_that_did() -> None:
     assert taken(evidence, card(8 * GIB)) == ("fp16", "no")
 
 
+def test_gpus_that_searched_no_need_come_after_those_that_did() -> None:
+    newer = run([unsearched("fp16", 5 * GIB), unsearched("fp16+vae_slicing", 5 * GIB)], gpu=RTX_4090)
+    evidence = gather([run([measured("fp16", 9 * GIB)]), newer])
+    assert taken(evidence, card(40 * GIB)) == ("fp16", "fits")
+    assert taken(evidence, card(9 * GIB)) == ("fp16+vae_slicing", "fits")
+
+
 def test_a_flag_stays_idle_on_a_gpu_that_leaves_the_set_without_it_to_another() -> None:
     idle_one = unsearched("fp16+a", 5 * GIB, effects={"a": "no_effect"})
     newer = run([unsearched("fp16", 5 * GIB), idle_one], gpu=RTX_4090)

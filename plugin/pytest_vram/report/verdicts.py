@@ -101,12 +101,12 @@ def judge(choice: Choice, card: Card) -> Verdict:
 def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
     """The choice to take for a workload on a card, with its verdict.
 
-    What was measured on the card itself comes first, then each other GPU, the one that measured most before the others,
-    then what was estimated. Of one of these, what fits comes before what fits tightly, and then the fastest wins. Of
-    those within `same_time` of the fastest, and of what is no slower than one of them, a set that leaves the image
-    alone comes first, then the one with fewest flags, then the one that requires least. A set with a flag that was seen
-    to change nothing stands back for the set without it. Where nothing runs, a choice for more of the same (a larger
-    size or batch) is taken if that runs: it has room for this.
+    What was measured on the card itself comes first, then each other GPU, the one that measured most before the others
+    and those that searched no need last, then what was estimated. Of one of these, what fits comes before what fits
+    tightly, and then the fastest wins. Of those within `same_time` of the fastest, and of what is no slower than one of
+    them, a set that leaves the image alone comes first, then the one with fewest flags, then the one that requires
+    least. A set with a flag that was seen to change nothing stands back for the set without it. Where nothing runs, a
+    choice for more of the same (a larger size or batch) is taken if that runs: it has room for this.
     """
     on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability), {})
     for one in (workload, *evidence.larger(workload)):

@@ -317,12 +317,14 @@ class Evidence:
             searched = {c.optimizations for choices in groups for c in choices if not c.estimated}
             for_one = [for_one_gpu(choices) for choices in groups]
             known = [[c for c in choices if not c.estimated or c.optimizations not in searched] for choices in for_one]
+            known.sort(key=lambda choices: all(choice.estimated for choice in choices))
             found[workload] = [*known, for_one_gpu(self.estimated(workload))]
         return found
 
     def candidates(self, workload: Workload) -> list[list[Choice]]:
         """What may be taken for one card: of each GPU, and of the estimates, the choices without flags that change
-        nothing. A GPU on which a need was not searched leaves the set to one on which it was."""
+        nothing. A GPU on which a need was not searched leaves the set to one on which it was; one left with no set
+        whose need was searched comes after the others."""
         return self._candidates[workload]
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
