@@ -160,6 +160,16 @@ def test_a_chart_says_how_much_it_does_not_show(name: str, most: int, changes: t
     assert "3 more" in more[0]
 
 
+def test_the_frontier_is_of_the_workload_with_most_sets_and_begins_with_the_model_with_most() -> None:
+    video = {"model": "b", "width": 512, "frames": 33}
+    sets = [record(id=f"b/{n}", case={**video, "optimizations": ["fp16", n]}) for n in ("vae_tiling", "vae_slicing")]
+    lead = record(id="b", case={"model": "b", "width": 512, "frames": 81})
+    texts = words(drawn("frontiers", facts_of(*models(1, *SETS), lead, *sets, record(id="b/33", case=video))))
+    titles = [text.split("\n") for text in texts if "batch" in text]
+    assert [title[0] for title in titles] == ["b", "model-00"]
+    assert "33 frames" in titles[0][1]
+
+
 def test_estimates_are_marked_in_the_map_and_the_bars() -> None:
     for name in ("models_on_cards", "required_by_model"):
         assert any("~" in text for text in words(drawn(name, facts_of(estimate()))))

@@ -180,15 +180,20 @@ def memory_by_resolution(facts: Facts) -> "Figure | None":
 
 
 def frontiers(facts: Facts) -> "Figure | None":
-    """A panel a model: each set by required memory and time; the line joins those that no other beats in both."""
+    """A panel a model, of the workload with most sets, and of most sets first: each by required memory and time; the
+    line joins those that no other beats in both."""
     panels = []
-    for workload in facts.leads.values():
-        measured = _known(facts.evidence.measured(workload))
-        choices = [choice for choice in measured if not choice.estimated and choice.call_s]
-        if len(choices) > 1:
-            panels.append((workload, choices))
+    for subject, lead in facts.leads.items():
+        sets = {}
+        for workload in (lead, *facts.evidence.subjects[subject]):
+            measured = _known(facts.evidence.measured(workload))
+            sets[workload] = [choice for choice in measured if not choice.estimated and choice.call_s]
+        workload = max(sets, key=lambda one: len(sets[one]))
+        if len(sets[workload]) > 1:
+            panels.append((workload, sets[workload]))
     if not panels:
         return None
+    panels.sort(key=lambda panel: -len(panel[1]))
     panels, more = panels[:MOST_PANELS], len(panels) - MOST_PANELS
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
