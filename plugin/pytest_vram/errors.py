@@ -30,6 +30,8 @@ def printable(text: str) -> str:
 
 
 def _plain(text: str) -> str:
+    if text.isprintable():
+        return text
     kept = ("?" if (kind := unicodedata.category(c)) == "Cs" else " " if kind in _CONTROLS else c for c in text)
     return "".join(kept)
 
