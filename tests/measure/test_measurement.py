@@ -16,7 +16,7 @@ import pytest
 from pytest_vram.cases.case import AnyCase, Case, OwnCase
 from pytest_vram.cases.models import read_model
 from pytest_vram.errors import StartError
-from pytest_vram.measure import measurement, nvml
+from pytest_vram.measure import conversation, measurement, nvml
 from pytest_vram.measure.channel import Channel, Message
 from pytest_vram.measure.exactness import References
 from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
@@ -550,8 +550,8 @@ def test_a_probe_has_no_longer_than_the_case_lets_expect(cuda: Stage, monkeypatc
 def test_rounds_that_hang_are_not_waited_for_as_long_as_a_cold_call(
     cpu: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measurement, "LEAST_S", 0.0)
-    monkeypatch.setattr(measurement, "LATER_FACTOR", 0.1)
+    monkeypatch.setattr(conversation, "LEAST_S", 0.0)
+    monkeypatch.setattr(conversation, "LATER_FACTOR", 0.1)
     record = cpu.measure(hangs=True)  # in three rounds of a second each, as it says
     assert record.status == "timeout"
     assert re.fullmatch(r"no result within 0\.\d+ s \(--vram-timeout\)", failure_of(record).message)

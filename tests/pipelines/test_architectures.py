@@ -1,4 +1,4 @@
-"""The packaged architecture files, built on the meta device and called: size, dtypes, defaults, sizes they take."""
+"""The packaged architecture files, built on the meta device: size, dtypes, defaults, sizes they take."""
 
 import contextlib
 import copy
@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,37 +16,15 @@ import pytest
 import torch
 import transformers
 
-from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Component, Model, read_models
-from pytest_vram.measure import simulation
-from pytest_vram.measure.trace import Trace
 from pytest_vram.pipelines.build import assemble, build_component
+from tests.pipelines.networks import network
 
 MODELS = read_models()
 DTYPES = (torch.float16, torch.bfloat16)
 EACH = pytest.mark.parametrize("model", MODELS.values(), ids=lambda model: model.name)
-CALLED = {
-    **{model.pipeline: model for model in reversed(MODELS.values())},  # one of each pipeline, and
-    "a VAE of its own": MODELS["wan2.2-ti2v-5b"],
-    "two denoisers": MODELS["wan2.2-t2v-a14b"],
-}
-SIZES_OF_ITS_OWN = "HiDreamImagePipeline"  # makes about a megapixel whatever it is asked for
-
 with (Path(__file__).parents[1] / "cases" / "parameters.csv").open(encoding="utf-8", newline="") as table:
     PARAMETERS = {(row["model"], row["component"]): row for row in csv.DictReader(table)}
-
-
-def network(component: Component, dtype: torch.dtype) -> torch.nn.Module:
-    """Built once for all models that have the same network."""
-    return _network(component.model_copy(update={"parameters": None}).model_dump_json(), dtype)
-
-
-@functools.cache
-def _network(component: str, dtype: torch.dtype) -> torch.nn.Module:
-    part = Component.model_validate_json(component, by_name=True)
-    # under a trace, which slows all else, the large table of positions of SD3 costs nothing
-    with torch.no_grad(), Trace() if part.class_name.startswith("SD3") else contextlib.nullcontext():
-        return build_component(part, dtype)
 
 
 def class_of(component: Component) -> Any:
@@ -238,54 +215,3 @@ def test_frames_come_in_the_multiples_of_the_vae(model: Model) -> None:
     of_one = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 1)
     at_a_time = pipe.vae.num_latent_frames_batch_size if model.pipeline == "CogVideoXPipeline" else 1
     assert model.frame_multiple == of_one * at_a_time
-
-
-@pytest.mark.parametrize("model", CALLED.values(), ids=lambda model: model.name)
-def test_an_estimate_goes_through_all_phases_and_makes_the_size_asked_for(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-
-    def watched(*args: Any, **attributes: Any) -> Any:
-        pipe = assemble(*args, **attributes)
-        call = type(pipe).__call__
-
-        @functools.wraps(call)
-        def calling(*args: Any, **kwargs: Any) -> Any:
-            made.append(call(*args, **kwargs))
-            return made[-1]
-
-        monkeypatch.setattr(type(pipe), "__call__", calling)
-        return pipe
-
-    monkeypatch.setattr(simulation, "assemble", watched)
-    networks = iter([copy.deepcopy(network(part, torch.bfloat16)) for part in model.components.values()])
-    monkeypatch.setattr(simulation, "build_component", lambda *_: next(networks))
-    monkeypatch.setattr(simulation, "CALLS", 1)
-    odd = 192 // model.resolution_multiple | 1  # times the multiple: no multiple of twice the multiple
-    width, height = (times * model.resolution_multiple for times in (odd, odd + 2))
-    frames = None if model.native.frames is None else 1 + model.frame_multiple
-    case = Case(
-        model=model.name,
-        optimizations=("bf16",),
-        height=height,
-        width=width,
-        frames=frames,
-        batch_size=1,
-        steps=2,
-        guidance_scale=model.native.guidance_scale,
-        sequence_length=model.native.sequence_length,
-        scheduler=model.scheduler.class_name,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # Kandinsky 5's layer norms
-        estimate = simulation.simulate(model, case)
-    assert list(estimate.phases) == ["load", "encode", "denoise", "decode"]
-    assert estimate.weights <= estimate.phases["load"] <= min(estimate.phases.values())
-    assert max(estimate.phases.values()) == estimate.allocated_peak <= estimate.reserved_peak
-    assert estimate.weights < estimate.need <= estimate.reserved_peak
-    channels = 4 if model.name == "qwen-image-2.1" else 3  # its VAE makes transparency too
-    expected = (1, channels, height, width) if frames is None else (1, frames, channels, height, width)
-    shape = made[0].images.shape if frames is None else made[0].frames.shape
-    if model.pipeline != SIZES_OF_ITS_OWN:
-        assert shape == expected
