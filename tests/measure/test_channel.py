@@ -44,6 +44,15 @@ def test_messages_keep_their_order_however_they_are_cut(pair: tuple[Channel, soc
     assert channel.receive(1) == {"n": 3}
 
 
+def test_a_channel_that_was_closed_at_this_end_is_closed(pair: tuple[Channel, socket.socket]) -> None:
+    """By another thread, while this one waits for a message."""
+    channel, _ = pair
+    channel.close()
+    for timeout_s in (None, 1.0):
+        with pytest.raises(Closed):
+            channel.receive(timeout_s)
+
+
 def test_a_slow_sender_does_not_stretch_the_timeout(pair: tuple[Channel, socket.socket]) -> None:
     channel, raw = pair
     over = threading.Event()

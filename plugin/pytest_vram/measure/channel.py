@@ -34,13 +34,12 @@ class Channel:
         """The next message, or None after `timeout_s` without a whole one; raises Closed at the end."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
-            if deadline is not None:
-                left = max(0.0, deadline - time.monotonic())
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
                 if not select.select([self._socket], [], [], left)[0]:
                     return None
-            try:
                 data = self._socket.recv(1 << 16)
-            except ConnectionResetError:
+            except (OSError, ValueError):  # reset by the other end, or this one closed by another thread
                 data = b""
             if not data:
                 raise Closed
