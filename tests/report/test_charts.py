@@ -47,9 +47,9 @@ def committed_facts(report: Report, document: Document) -> Facts:
 
 
 @pytest.fixture(scope="module")
-def charts(report: Report) -> dict[str, tuple[bytes, bytes]]:
+def charts(written: Report) -> dict[str, tuple[bytes, bytes]]:
     """The written charts: SVG and PNG by name."""
-    folder = report.folder / "charts"
+    folder = written.folder / "charts"
     return {path.stem: (path.read_bytes(), path.with_suffix(".png").read_bytes()) for path in folder.glob("*.svg")}
 
 

@@ -14,7 +14,9 @@ from pytest_vram.cli import app
 from pytest_vram.errors import RunFileError, UsageError, VramError
 from pytest_vram.records.files import read_text, write_run
 from pytest_vram.records.schema import Record, Run
+from pytest_vram.report.charts import Chart
 from pytest_vram.report.checking import MadeFrom, differences, made_from
+from pytest_vram.report.document import Document
 from pytest_vram.report.render import Report
 from pytest_vram.untrusted import MAX_FILE_BYTES
 from tests.records.test_schema import BARE, FAILURE, MIB, record
@@ -35,9 +37,9 @@ def text_of(report: Report) -> str:
 
 
 @pytest.fixture(scope="module")
-def written(report: Report) -> str:
+def text(report: Report, document: Document, pictures: list[Chart]) -> str:
     """The document of the committed runs, charts and all."""
-    return (report.folder / "HARDWARE.md").read_text(encoding="utf-8")
+    return report.markdown(document, pictures)
 
 
 def changed(text: str, row: str, change: Callable[[str], str]) -> str:
@@ -52,8 +54,8 @@ def changed(text: str, row: str, change: Callable[[str], str]) -> str:
 PLAIN = r"^\| 1024x1024 \| 1 \| `fp16` \|"
 
 
-def test_a_fresh_document_agrees(written: str, report: Report) -> None:
-    assert found_in(written, report) == []
+def test_a_fresh_document_agrees(text: str, report: Report) -> None:
+    assert found_in(text, report) == []
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -94,18 +96,17 @@ def test_a_changed_cell_is_named(row: str, old: str, new: str, named: list[str])
     assert all(part in found for part in named), found
 
 
-def test_a_changed_cell_of_the_committed_document_is_found(written: str, report: Report) -> None:
-    line = next(line for line in written.splitlines() if line.startswith("| sdxl | 1024x1024 | 1 |"))
+def test_a_changed_cell_of_the_committed_document_is_found(text: str, report: Report) -> None:
+    line = next(line for line in text.splitlines() if line.startswith("| sdxl | 1024x1024 | 1 |"))
     cells = line.split(" | ")
     for place in range(3, len(cells) - 1, 2):
         other = " | ".join([*cells[:place], "absurd", *cells[place + 1 :]])
-        [found] = found_in(written.replace(line, other, 1), report)
+        [found] = found_in(text.replace(line, other, 1), report)
         assert "absurd" in found
         assert cells[place] in found
 
 
-def test_a_removed_row_is_named(written: str, report: Report) -> None:
-    text = written
+def test_a_removed_row_is_named(text: str, report: Report) -> None:
     lines = text.splitlines(keepends=True)
     [*_, last] = [line for line in lines if re.search(PLAIN, line)]  # there is one for each GPU
     del lines[lines.index(last)]
@@ -141,35 +142,35 @@ def test_a_changed_column_is_named() -> None:
     assert "required GiB" in found
 
 
-def test_a_removed_table_is_named(written: str, report: Report) -> None:
-    before, _, after = written.partition("## Models on cards")
+def test_a_removed_table_is_named(text: str, report: Report) -> None:
+    before, _, after = text.partition("## Models on cards")
     table = "\n".join(line for line in after.splitlines() if not line.startswith("| "))
     found = found_in(before + "## Models on cards" + table, report)
     assert "Models on cards: the table is missing" in found
 
 
-def test_a_changed_sentence_is_named(written: str, report: Report) -> None:
-    [line] = [line for line in written.splitlines() if line.startswith("- **sdxl**,")]
-    [found] = found_in(written.replace(line, line.replace("GB**", "TB**", 1)), report)
+def test_a_changed_sentence_is_named(text: str, report: Report) -> None:
+    [line] = [line for line in text.splitlines() if line.startswith("- **sdxl**,")]
+    [found] = found_in(text.replace(line, line.replace("GB**", "TB**", 1)), report)
     assert line[:60] in found
 
 
-def test_a_removed_sentence_is_named(written: str, report: Report) -> None:
-    [line] = [line for line in written.splitlines() if line.startswith("- **sdxl**,")]
-    [found] = found_in(written.replace(line, ""), report)
+def test_a_removed_sentence_is_named(text: str, report: Report) -> None:
+    [line] = [line for line in text.splitlines() if line.startswith("- **sdxl**,")]
+    [found] = found_in(text.replace(line, ""), report)
     assert line[:60] in found
 
 
-def test_a_team_s_own_words_and_tables_are_no_disagreement(written: str, report: Report) -> None:
+def test_a_team_s_own_words_and_tables_are_no_disagreement(text: str, report: Report) -> None:
     added = "\n## Ours\n\nWe buy the second.\n\n| card | price |\n| --- | --- |\n| T4 | 900 |\n\n"
-    text = written.replace("## Models on cards", added + "## Models on cards") + added.replace("Ours", "Also ours")
-    assert found_in(text.replace("## Runs", "Ask Ada.\n\n## Runs"), report) == []
+    more = text.replace("## Models on cards", added + "## Models on cards") + added.replace("Ours", "Also ours")
+    assert found_in(more.replace("## Runs", "Ask Ada.\n\n## Runs"), report) == []
 
 
 @pytest.mark.parametrize("heading", ["## Models on cards", "### sdxl", "## Runs"])
-def test_a_team_s_own_table_below_one_of_ours_is_no_disagreement(heading: str, written: str, report: Report) -> None:
+def test_a_team_s_own_table_below_one_of_ours_is_no_disagreement(heading: str, text: str, report: Report) -> None:
     added = "\nWhat they cost:\n\n| card | price |\n| --- | --- |\n| T4 | 900 |\n"
-    before, line, after = written.partition(heading + "\n")
+    before, line, after = text.partition(heading + "\n")
     lines = after.splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if line.startswith("|"))
     end = next((number for number in range(first, len(lines)) if not lines[number].startswith("|")), len(lines))
@@ -177,8 +178,8 @@ def test_a_team_s_own_table_below_one_of_ours_is_no_disagreement(heading: str, w
     assert found_in(before + line + "".join(lines), report) == []
 
 
-def test_line_ends_and_spaces_are_no_disagreement(written: str, report: Report) -> None:
-    assert found_in(written.replace("\n", "\r\n").replace("| no |", "|  no  |"), report) == []
+def test_line_ends_and_spaces_are_no_disagreement(text: str, report: Report) -> None:
+    assert found_in(text.replace("\n", "\r\n").replace("| no |", "|  no  |"), report) == []
 
 
 # Runs that come and go

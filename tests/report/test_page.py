@@ -74,8 +74,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 
 @pytest.fixture(scope="module")
-def url(report: Report) -> str:
-    return (report.folder / "hardware.html").resolve().as_uri()
+def url(written: Report) -> str:
+    return (written.folder / "hardware.html").resolve().as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +97,16 @@ def page(opened: Chrome, url: str) -> Iterator[Chrome]:
 
 
 @pytest.fixture(scope="module")
-def data(report: Report) -> list[dict[str, Any]]:
+def data(written: Report) -> list[dict[str, Any]]:
     """The explorer's rows."""
-    made = json.loads(json.dumps(explorer(report.document())))
+    made = json.loads(json.dumps(explorer(written.document())))
     return [dict(zip(made["columns"], row, strict=True)) for row in made["rows"]]
 
 
 @pytest.fixture(scope="module")
-def places(report: Report) -> dict[str, int]:
+def places(written: Report) -> dict[str, int]:
     """The place of each card's letter."""
-    return {name: place for name, _, place in explorer(report.document())["cards"]}
+    return {name: place for name, _, place in explorer(written.document())["cards"]}
 
 
 def console(driver: Chrome) -> list[dict[str, Any]]:
@@ -472,9 +472,9 @@ def test_every_picture_is_drawn(page: Chrome) -> None:
 
 
 def test_ten_thousand_rows_are_shown_in_portions(
-    driver: Chrome, url: str, report: Report, tmp_path: Path, data: list[dict[str, Any]]
+    driver: Chrome, url: str, written: Report, tmp_path: Path, data: list[dict[str, Any]]
 ) -> None:
-    text = (report.folder / "hardware.html").read_text(encoding="utf-8")
+    text = (written.folder / "hardware.html").read_text(encoding="utf-8")
     start = text.index(">", text.index('id="data"')) + 1
     end = text.index("</script>", start)
     island = json.loads(text[start:end])
