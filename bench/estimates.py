@@ -5,11 +5,9 @@ its own run had made. An older estimate stays in its run file; this says what a 
 """
 
 import argparse
+import contextlib
 import csv
-import multiprocessing
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -18,15 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from pytest_vram.cases.case import Case
-from pytest_vram.cases.models import Model, read_models
-from pytest_vram.errors import Inapplicable
-from pytest_vram.measure.simulation import Estimate, simulate
-from pytest_vram.pipelines.optimizations import impossible
+from pytest_vram.cases.models import read_models
+from pytest_vram.measure.channel import Message
+from pytest_vram.measure.estimates import Estimates
+from pytest_vram.measure.machine import start_machine
 from pytest_vram.records.reading import read_runs
 from pytest_vram.records.schema import Record
 
 GIB = 1 << 30
 WITHIN = 0.05
+TIMEOUT_S = 600.0
 PHASES = ("load", "encode", "denoise", "decode")
 
 
@@ -41,16 +40,6 @@ def searched(folder: Path, word: str) -> list[Record]:
     return [record for case, record in found.items() if case.limit_bytes is None and word in case.id]
 
 
-def simulated(model: Model, case: Case) -> Estimate | str:
-    """The estimate, or why there is none."""
-    if reason := impossible(case.optimizations, "meta", case.weights):
-        return reason
-    try:
-        return simulate(model, case)
-    except Inapplicable as error:
-        return str(error)
-
-
 def summary(errors: Sequence[float]) -> list[str]:
     """What is read of a distribution of relative errors."""
     within = sum(abs(error) <= WITHIN for error in errors)
@@ -62,25 +51,23 @@ def summary(errors: Sequence[float]) -> list[str]:
 
 
 class Row(NamedTuple):
-    """A case: its need, today's estimate of it, and how far off that and its run's own estimate are."""
+    """A case: its need, today's estimate of it, how far off that and its run's own estimate are; and by phase how many
+    bytes the simulated peak of allocated memory is above the measured one."""
 
     case: str
     need_bytes: int
     estimated_bytes: int
     error: float
     error_in_its_run: float | None
-    phases_off_bytes: dict[
-        str, int
-    ]  # by phase, how far the simulated peak of allocated memory is above the measured one
+    phases_off_bytes: dict[str, int]
 
 
-def row(record: Record, estimate: Estimate) -> Row:
+def row(record: Record, estimate: Message) -> Row:
     need, before = record.memory.need_bytes or 0, record.memory.estimated_need_bytes
-    peaks = {name: cost.allocated_peak_bytes or 0 for name, cost in record.phases.items()}
-    off: dict[str, int] = {
-        name: estimate.phases[name] - peak for name, peak in peaks.items() if peak and name in estimate.phases
-    }
-    return Row(record.id, need, estimate.need, estimate.need / need - 1, before / need - 1 if before else None, off)
+    peaks = {str(name): cost.allocated_peak_bytes for name, cost in record.phases.items()}
+    off = {name: peak - found for name, peak in estimate["phases"].items() if (found := peaks.get(name))}
+    error_in_its_run = before / need - 1 if before else None
+    return Row(record.id, need, estimate["need"], estimate["need"] / need - 1, error_in_its_run, off)
 
 
 def main() -> None:
@@ -89,22 +76,22 @@ def main() -> None:
     parser.add_argument("-k", default="", metavar="WORD", help="only the cases whose id has it")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a CSV file of all cases")
     given = parser.parse_args()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     models = read_models()
-    records = [record for record in searched(given.results, given.k) if record.case.model in models]
+    records = {record.case: record for record in searched(given.results, given.k) if record.case.model in models}
     if not records:
         parser.error(f"{given.results}: no case with a searched need, of a model of this repository, has {given.k!r}")
-    cases = [record.case for record in records if isinstance(record.case, Case)]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest_vram.measure.simulation"])
-    found: list[Row] = []
-    with ProcessPoolExecutor(os.cpu_count(), context, max_tasks_per_child=1) as pool:
-        estimates = pool.map(simulated, [models[case.model] for case in cases], cases)
-        for record, estimate in zip(records, estimates, strict=True):
-            if isinstance(estimate, str):
-                print(f"{record.id}: {estimate}")
-            else:
-                found.append(row(record, estimate))
+    cases = [case for case in records if isinstance(case, Case)]
+    with Console().status("") as status:
+        used = {case.model: models[case.model] for case in cases}
+        machine = start_machine("meta", used.values(), allow_shared=False, name_host=False, say=status.update)
+        with contextlib.closing(machine):
+            estimates = Estimates(cases, models, machine.starter)
+            estimates.finish(TIMEOUT_S, status.update)
+    outcomes = estimates.done()
+    found = [row(records[case], outcome) for case, outcome in outcomes.items() if outcome["event"] == "done"]
+    for case in cases:
+        if case not in outcomes or outcomes[case]["event"] != "done":
+            print(f"{case.id}: not simulated: {outcomes[case]['message'] if case in outcomes else 'impossible here'}")
     found.sort(key=lambda row: -abs(row.error))
     table = Table("case", "need GiB", "error", "in its run", title="the furthest off")
     for one in found[:20]:

@@ -30,9 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
 from pytest_vram.cases.thresholds import Limits
 from pytest_vram.compare.comparing import compare
 from pytest_vram.compare.finding import read_one
-from pytest_vram.errors import UsageError
-from pytest_vram.measure import nvml
-from pytest_vram.measure.visible import visible_uuids
+from pytest_vram.measure.locking import visible_gpus
 from pytest_vram.measure.worker import die_with_parent
 from pytest_vram.records.files import read_journal
 from pytest_vram.records.reading import ReadRun
@@ -189,10 +187,8 @@ def differences(base: ReadRun, head: ReadRun, ids: set[str]) -> list[str]:
 
 
 def used() -> list[int]:
-    """Bytes in use on each GPU that CUDA may use; none without NVML."""
-    with contextlib.suppress(nvml.NvmlUnavailable, UsageError):
-        return [nvml.gpu_by_uuid(uuid).used_bytes() or 0 for uuid in visible_uuids()]
-    return []
+    """Bytes in use on each GPU that CUDA uses; none without NVML."""
+    return [gpu.used_bytes() or 0 for gpu in visible_gpus(None) or []]
 
 
 def left_over(seen: set[psutil.Process], idle: list[int]) -> list[str]:

@@ -58,8 +58,8 @@ def within(folder: Path, *patterns: str) -> tuple[list[Path], list[Path]]:
     """
     root = folder.resolve()
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
-    inside = [file for file in files if file.resolve().is_relative_to(root)]
-    return inside, [file for file in files if file not in set(inside)]
+    inside = {file: file.resolve().is_relative_to(root) for file in files}
+    return [file for file in files if inside[file]], [file for file in files if not inside[file]]
 
 
 def parse_json(text: str, path: Path, error: type[VramError]) -> Any:

@@ -10,6 +10,7 @@ from pytest_vram.measure.runs import WorkerRun
 from pytest_vram.measure.timeout import LATER_FACTOR, LEAST_S
 
 Say = Callable[[str], None]
+"""Told what the worker does now, for a line of progress."""
 
 
 class Conversation:

@@ -57,9 +57,6 @@ class Settings:
     task: str = GENERATION
 
 
-"""Told what the worker does now, for a line of progress."""
-
-
 class CaseInterrupted(KeyboardInterrupt):
     """Ctrl-C while a case was measured; `record` is its record."""
 
