@@ -50,8 +50,8 @@ class _Part(BaseModel):
 class Memory(_Part):
     """Bytes. `*_peak` is the most ever held; need and required are defined in docs/architecture.md.
 
-    Where a case takes several GPUs these are the highest of any of them; but `weights_bytes` is of all networks, also of
-    those that are in host memory, on another GPU, or dropped on the way: there it may be above the peaks.
+    Where a case takes several GPUs these are the highest of any of them; but `weights_bytes` is of all networks, also
+    of those that are in host memory, on another GPU, or dropped on the way: there it may be above the peaks.
 
     `alloc_retries` is how often the allocator emptied its cache and asked again: in all calls with room, and
     `at_need_alloc_retries` in the second call under a cap of the need.
