@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderTiny, FluxTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +18,8 @@ from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Component, Model, model_from_folder, read_models
 from pytest_vram.errors import Inapplicable, UsageError
 from pytest_vram.pipelines.build import (
+    HOST_THREADS,
+    NOISE_BLOCK,
     Arrived,
     Components,
     Noise,
@@ -320,6 +322,25 @@ def test_a_backend_without_its_package_and_a_method_that_is_not_there_are_inappl
     pipe.vae = torch.nn.Module()
     with pytest.raises(Inapplicable, match=r"^Module has no enable_tiling$"):
         chosen(["vae_tiling"])[0].apply(pipe, "unet")
+
+
+def test_channels_last_is_for_convolutions_in_two_dimensions(tiny: Model) -> None:
+    pipe = random_pipeline(tiny, torch.float32, "cpu")
+    pipe.vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+    with pytest.raises(Inapplicable, match=r"^channels_last: the convolutions of AutoencoderKLWan are in three"):
+        chosen(["channels_last"])[0].apply(pipe, "unet")
+
+
+def test_filling_host_memory_leaves_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(HOST_THREADS + 1)
+    try:
+        noise = Noise("cpu", []).like(torch.empty(3, NOISE_BLOCK, device="meta"), 0.0)
+        assert torch.get_num_threads() == HOST_THREADS + 1
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(noise[0], noise[2])
+    assert noise.std() > 0
 
 
 def test_a_model_whose_vae_has_no_tiny_one(tiny: Model) -> None:

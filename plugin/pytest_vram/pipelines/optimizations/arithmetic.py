@@ -51,6 +51,9 @@ class ChannelsLast(Optimization):
         import torch
 
         for network in (*denoisers(pipe, denoiser), *denoisers(pipe, "vae")):
+            if any(parameter.dim() == 5 for parameter in network.parameters()):
+                kind = type(network).__name__
+                raise Inapplicable(f"{self.name}: the convolutions of {kind} are in three dimensions, NHWC is for two")
             network.to(memory_format=torch.channels_last)
 
     def watch(self, pipe: Any, denoiser: str) -> Seen:
