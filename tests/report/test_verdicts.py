@@ -441,6 +441,13 @@ def test_a_flag_stays_idle_on_a_gpu_that_leaves_the_set_without_it_to_another() 
     assert taken(evidence, card(40 * GIB)) == ("fp16", "fits")
 
 
+def test_a_flag_stays_idle_on_a_gpu_on_which_the_set_without_it_was_not_tried() -> None:
+    idle_one = measured("fp16+a", 5 * GIB, effects={"a": "no_effect"})
+    newer = run([idle_one, measured("fp16+b", 50 * GIB)], gpu=RTX_4090)
+    evidence = gather([run([measured("fp16", 6 * GIB)]), newer])
+    assert taken(evidence, card(40 * GIB)) == ("fp16", "fits")
+
+
 def test_what_was_measured_comes_before_what_was_estimated() -> None:
     evidence = gather([run([SLOW]), no_gpu(estimated("fp16+vae_slicing", 2 * GIB))])
     assert taken(evidence, card(40 * GIB)) == ("fp16+vae_tiling", "fits")

@@ -1,7 +1,7 @@
 """From records to choices: for each workload the sets of optimizations to choose from, each by its best record."""
 
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -315,16 +315,17 @@ class Evidence:
         for workload in self.choices:
             groups = self.by_gpu(workload)
             searched = {c.optimizations for choices in groups for c in choices if not c.estimated}
-            for_one = [for_one_gpu(choices) for choices in groups]
+            for_one = [for_one_gpu(choices, searched) for choices in groups]
             known = [[c for c in choices if not c.estimated or c.optimizations not in searched] for choices in for_one]
             known.sort(key=lambda choices: all(choice.estimated for choice in choices))
-            found[workload] = [*known, for_one_gpu(self.estimated(workload))]
+            found[workload] = [*known, for_one_gpu(self.estimated(workload), searched)]
         return found
 
     def candidates(self, workload: Workload) -> list[list[Choice]]:
-        """What may be taken for one card: of each GPU, and of the estimates, the choices without flags that change
-        nothing. A GPU on which a need was not searched leaves the set to one on which it was; one left with no set
-        whose need was searched comes after the others."""
+        """What may be taken for one card: the choices of each GPU, and the estimates, less those with a flag that was
+        seen to change nothing where the set without it is there too, or its need was searched on another GPU. A GPU on
+        which a need was not searched leaves the set to one on which it was; one left with no set whose need was
+        searched comes after the others."""
         return self._candidates[workload]
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
@@ -443,11 +444,12 @@ def baseline(choices: Sequence[Choice]) -> Choice:
     return plain[0] if plain else min(choices, key=lambda choice: len(choice.optimizations))
 
 
-def without_idle_flags(choices: Sequence[Choice]) -> list[Choice]:
-    """The choices less those with a flag that was seen to change nothing, where the set without it is there too."""
+def without_idle_flags(choices: Sequence[Choice], others: Collection[tuple[str, ...]] = ()) -> list[Choice]:
+    """The choices less those with a flag that was seen to change nothing, where the set without it is there too, or
+    among the `others`."""
     if not any(choice.no_effect for choice in choices):
         return list(choices)
-    sets = {choice.optimizations for choice in choices}
+    sets = {*others, *(choice.optimizations for choice in choices)}
 
     def idle(choice: Choice) -> bool:
         without = tuple(name for name in choice.optimizations if name not in choice.no_effect)
@@ -456,9 +458,9 @@ def without_idle_flags(choices: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in choices if not idle(choice)]
 
 
-def for_one_gpu(choices: Sequence[Choice]) -> list[Choice]:
+def for_one_gpu(choices: Sequence[Choice], others: Collection[tuple[str, ...]] = ()) -> list[Choice]:
     """Those that take one GPU, without idle flags."""
-    return [choice for choice in without_idle_flags(choices) if not choice.gpus]
+    return [choice for choice in without_idle_flags(choices, others) if not choice.gpus]
 
 
 def same_time(*choices: Choice) -> float:
