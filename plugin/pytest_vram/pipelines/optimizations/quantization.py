@@ -45,6 +45,7 @@ class _Quantized(Optimization):
         "group_offload_block", "group_offload_leaf", "group_offload_block_stream", "group_offload_leaf_stream",
         "group_offload_block_disk", "group_offload_leaf_disk",
     })  # fmt: skip
+    returns: ClassVar[bool] = True  # a layer that waits in host memory goes to the GPU to be quantized, and back
 
     def load(self) -> None:
         """Import what it takes."""
@@ -80,8 +81,13 @@ class _Quantized(Optimization):
         layers = set(made.values())
 
         def quantize(module: Any) -> None:
-            if module in layers:
+            if module not in layers:
+                return
+            if module.weight.device.type != "cpu" or not self.returns or not torch.cuda.is_initialized():
                 self.quantize(module)
+                return
+            self.quantize(module.to("cuda"))  # the host would take minutes, and some kernels it has not
+            module.to("cpu")
 
         return quantize
 
@@ -159,9 +165,7 @@ class _OfCapability(_Torchao):
                 super().quantize(layer)
             return
         self._check(float("{}.{}".format(*torch.cuda.get_device_capability())))
-        place = layer.weight.device
-        super().quantize(layer.to("cuda"))  # packing has no CPU kernel
-        layer.to(place)
+        super().quantize(layer)
 
     def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
         self._check(getattr(recorder, "capability", self.capability))
@@ -226,6 +230,7 @@ class Bnb8Bit(_BitsAndBytes):
     summary = "weights and inputs of the denoiser's linear layers in int8, outliers apart, by bitsandbytes"
     # Module.to() leaves behind what belongs to the weight, and these move networks later than `apply`
     excludes = _BitsAndBytes.excludes | {"offloads", "text_encoders_dropped"}
+    returns = False
 
     def replace(self, linear: "torch.nn.Linear", dtype: "torch.dtype") -> Any:
         from bitsandbytes.nn import Linear8bitLt
