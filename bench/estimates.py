@@ -7,6 +7,7 @@ its own run had made. An older estimate stays in its run file; this says what a 
 import argparse
 import contextlib
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import read_models
+from pytest_vram.errors import VramError
 from pytest_vram.measure.channel import Message
 from pytest_vram.measure.estimates import Estimates
 from pytest_vram.measure.machine import start_machine
@@ -111,4 +113,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except VramError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
