@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from pytest_vram.measure.allocator import Allocator, Event, OutOfMemory, replay, smallest_cap
+from pytest_vram.measure.allocator import Allocator, Event, ExpandableAllocator, OutOfMemory, replay, smallest_cap
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -266,7 +266,7 @@ def test_expandable_segments_lose_nothing_to_20_mib_segments() -> None:
 
 
 def test_expandable_segments_grow_by_pages_from_the_free_tail() -> None:
-    allocator = Allocator(expandable=True)
+    allocator = ExpandableAllocator()
     for size, reserved in ((21, 40), (19, 40), (30, 80), (25, 100), (5, 100), (1, 102), (1, 102), (1, 104)):
         allocator.malloc(size * MIB)
         assert allocator.reserved == reserved * MIB
@@ -274,14 +274,14 @@ def test_expandable_segments_grow_by_pages_from_the_free_tail() -> None:
 
 def test_expandable_segments_split_down_to_512_bytes() -> None:
     size = 20 * MIB - 512
-    native, expandable = Allocator(), Allocator(expandable=True)
+    native, expandable = Allocator(), ExpandableAllocator()
     native.malloc(size)
     expandable.malloc(size)
     assert (native.allocated, expandable.allocated) == (20 * MIB, size)
 
 
 def test_expandable_blocks_merge_and_are_used_again() -> None:
-    allocator = Allocator(expandable=True)
+    allocator = ExpandableAllocator()
     blocks = [allocator.malloc(20 * MIB) for _ in range(3)]
     for block in blocks:
         allocator.release(block)
@@ -291,10 +291,72 @@ def test_expandable_blocks_merge_and_are_used_again() -> None:
 
 def test_expandable_segments_save_the_tail_for_what_needs_it() -> None:
     """get_free_block: for best fit a block at the end counts as large as it could grow."""
-    allocator = Allocator(expandable=True)
+    allocator = ExpandableAllocator()
     first, *_ = [allocator.malloc(mib * MIB) for mib in (30, 20, 15)]
     allocator.release(first)  # free now: 30 at the front, 15 at the end of 80
     allocator.malloc(12 * MIB)  # from the 30, though 15 would fit more tightly
     assert held(allocator) == (47, 80)
     allocator.malloc(28 * MIB)  # no longer fits at the front: the tail and one page more
     assert held(allocator) == (75, 100)
+
+
+def test_free_pages_are_unmapped_before_it_gives_up() -> None:
+    allocator = ExpandableAllocator(cap=100 * MIB)
+    first, middle, _ = [allocator.malloc(mib * MIB) for mib in (30, 20, 30)]
+    assert held(allocator) == (80, 80)
+    allocator.release(first)
+    allocator.release(middle)  # 50 free at the front
+    allocator.malloc(60 * MIB)  # the two whole pages of them are unmapped: 20 to 40 is not one
+    assert held(allocator) == (90, 100)
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(20 * MIB)
+
+
+def test_pages_that_are_partly_used_stay() -> None:
+    allocator = ExpandableAllocator(cap=80 * MIB)
+    blocks = [allocator.malloc(10 * MIB) for _ in range(8)]
+    for block in blocks[::2]:
+        allocator.release(block)  # half of each page
+    assert held(allocator) == (40, 80)
+    allocator.empty_cache()
+    assert allocator.reserved == 80 * MIB
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(11 * MIB)
+    allocator.release(blocks[1])
+    allocator.empty_cache()
+    assert held(allocator) == (30, 60)
+
+
+def test_unmapped_addresses_are_mapped_again_where_there_is_room() -> None:
+    allocator = ExpandableAllocator()
+    first, small, second = [allocator.malloc(mib * MIB) for mib in (40, 5, 15)]
+    allocator.release(first)
+    allocator.empty_cache()
+    assert held(allocator) == (20, 20)
+    assert allocator.malloc(30 * MIB).address == 0  # in the hole
+    assert held(allocator) == (50, 60)
+    assert allocator.malloc(20 * MIB).address == 60 * MIB  # 10 are left in it
+    allocator.release(small)
+    allocator.release(second)
+    allocator.empty_cache()
+    assert held(allocator) == (50, 60), "10 of a page, then 20 of its own"
+
+
+def test_what_is_mapped_with_free_pages_beside_it_asks_for_a_whole_segment() -> None:
+    """alloc_block holds the size of a new segment against the limit, though part of it is mapped already."""
+    allocator = ExpandableAllocator(cap=100 * MIB)
+    allocator.malloc(61 * MIB)  # 19 free at the end of 80
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(25 * MIB)  # one page more would do, but 80 + 26 is above 100
+    assert held(allocator) == (61, 80)
+
+
+def test_the_smallest_cap_with_expandable_segments() -> None:
+    kept: list[Event] = [event for number in range(1, 40, 2) for event in ((number, 5 * MIB), (number + 1, 5 * MIB))]
+    holes: list[Event] = [(-number, 0) for number in range(1, 40, 2)]
+    trace = [*kept, *holes, (41, 30 * MIB)]
+    need = smallest_cap(trace, 130 * MIB, 400 * MIB, MIB, expandable=True)
+    assert 230 * MIB <= need <= 231 * MIB, "200 in pages that are half used"
+    replay(trace, need, expandable=True)
+    with pytest.raises(OutOfMemory):
+        replay(trace, need - MIB, expandable=True)

@@ -2,7 +2,8 @@
 
 It follows c10/cuda/CUDACachingAllocator.cpp (native backend, one stream): sizes rounded to 512 B; requests of at most
 1 MiB from 2 MiB segments; below 10 MiB from 20 MiB segments; above that from segments rounded to 2 MiB; best fit,
-splitting, merging, and a flush of unused segments before it gives up.
+splitting, merging, and a flush of unused segments before it gives up. With expandable segments each pool is one range
+of addresses, in which pages are mapped where they are needed, and free ones unmapped before it gives up.
 """
 
 import contextlib
@@ -19,10 +20,6 @@ OWN_SEGMENT = 10 * MIB  # from this on a request gets a segment of its own size
 SEGMENT_ROUNDING = 2 * MIB
 UNLIMITED = 1 << 62
 
-# Expandable segments give back every free page before they fail, so the need is what lives and the pages that are
-# partly used: 18 and 49 MiB above it for SD 1.5 at 512x512, batch 1 and 4, on an H100 (a search under a cap).
-EXPANDABLE_SLACK = 50 * MIB
-
 Event = tuple[int, "int | tuple[int, ...] | str"]
 """(n, bytes) takes block n; (-n, 0) gives it back; (0, (bytes, …)) is an optional workspace, the first that there is
 room for, taken and given back at once; (0, "empty_cache"); (0, "enter:PHASE")."""
@@ -38,104 +35,77 @@ def rounded(size: int, unit: int) -> int:
 
 
 class Block:
-    """A piece of a segment: in use, or free and in its pool."""
+    """A piece of a segment: in use, free and in its pool, or addresses that no page is mapped to."""
 
-    __slots__ = ("address", "after", "before", "free", "size", "small")
+    __slots__ = ("address", "after", "before", "free", "mapped", "size", "small")
 
     def __init__(self, address: int, size: int, small: bool, before: "Block | None", after: "Block | None") -> None:
         self.address, self.size, self.small = address, size, small
         self.before, self.after = before, after
         self.free = False
+        self.mapped = True
 
 
 Pool = list[tuple[int, int, Block]]
 
 
 class Allocator:
-    """Bytes in, bytes out. `expandable` models expandable segments while nothing is capped."""
+    """Bytes in, bytes out."""
 
-    def __init__(self, cap: int = UNLIMITED, expandable: bool = False) -> None:
-        self.cap, self.expandable = cap, expandable
+    least_rest = SMALL + 1  # what is left of a block of the large pool is split off from this size on
+
+    def __init__(self, cap: int = UNLIMITED) -> None:
+        self.cap = cap
         self.pools: tuple[Pool, Pool] = ([], [])  # large and small, sorted by size and address
-        self.tails: dict[bool, Block] = {}  # the last block of each pool's one expandable segment
         self.top = 0
         self.idle_segments = 0  # free as a whole
         self.reserved = self.allocated = self.reserved_peak = self.allocated_peak = 0
 
     def empty_cache(self) -> None:
         """Give back the segments that are free as a whole."""
-        if self.expandable or not self.idle_segments:
+        if not self.idle_segments:
             return
         self.idle_segments = 0
         for pool in self.pools:
             self.reserved -= sum(size for size, _, block in pool if not (block.before or block.after))
             pool[:] = [entry for entry in pool if entry[2].before or entry[2].after]
 
-    def _grow(self, size: int) -> None:
+    def _make_room(self, size: int) -> None:
         if self.reserved + size > self.cap:
             self.empty_cache()
             if self.reserved + size > self.cap:
                 raise OutOfMemory(size)
+
+    def _reserve(self, size: int) -> None:
         self.reserved += size
         self.reserved_peak = max(self.reserved_peak, self.reserved)
 
-    def _segment(self, size: int, small: bool) -> Block:
-        if self.expandable:
-            return self._extend(size, small)
-        if small:
-            size = SMALL_SEGMENT
-        elif size < OWN_SEGMENT:
-            size = LARGE_SEGMENT
-        else:
-            size = rounded(size, SEGMENT_ROUNDING)
-        self._grow(size)
+    def _best_fit(self, size: int, small: bool) -> Block | None:
+        pool = self.pools[small]
+        at = bisect_left(pool, (size,))
+        if at == len(pool):
+            return None
+        block = pool.pop(at)[2]
+        self.idle_segments -= not (block.before or block.after)
+        return block
+
+    def _more(self, size: int, small: bool) -> Block:
+        size = segment_size(size, small)
+        self._make_room(size)
+        self._reserve(size)
         self.top += size + (1 << 30)  # segments are never neighbours
         return Block(self.top - size, size, small, None, None)
-
-    def _extend(self, size: int, small: bool) -> Block:
-        """Map more pages at the end of the pool's segment, beginning with what is free there."""
-        tail = self.tails.get(small)
-        base = (1 << 50) if small else 0
-        page = SMALL_SEGMENT if small else LARGE_SEGMENT
-        if tail is not None and tail.free:
-            pool = self.pools[small]
-            del pool[bisect_left(pool, (tail.size, tail.address))]
-            more = rounded(size - tail.size, page)
-            self._grow(more)
-            tail.size += more
-            tail.free = False
-            return tail
-        more = rounded(size, page)
-        self._grow(more)
-        block = Block(tail.address + tail.size if tail else base, more, small, tail, None)
-        if tail:
-            tail.after = block
-        self.tails[small] = block
-        return block
 
     def malloc(self, size: int) -> Block:
         """A block of at least `size` bytes; raises OutOfMemory under the cap."""
         size = max(ROUNDING, rounded(size, ROUNDING))
         small = size <= SMALL
-        pool = self.pools[small]
-        at = bisect_left(pool, (size,))
-        if self.expandable and at + 1 < len(pool) and pool[at][2] is self.tails.get(small):
-            at += 1  # the block that can still grow counts as the largest
-        if at < len(pool):
-            block = pool.pop(at)[2]
-            self.idle_segments -= not (block.before or block.after)
-        else:
-            block = self._segment(size, small)
+        block = self._best_fit(size, small) or self._more(size, small)
         rest = block.size - size
-        if rest >= ROUNDING if small or self.expandable else rest > SMALL:
-            other = Block(block.address + size, rest, small, block, block.after)
+        if rest >= (ROUNDING if small else self.least_rest):
+            other = _split(block, size)
             other.free = True
-            if block.after:
-                block.after.before = other
-            elif self.expandable:
-                self.tails[small] = other
-            block.after, block.size = other, size
-            insort(pool, (rest, other.address, other))
+            self._keep(other)
         block.free = False
         self.allocated += block.size
         self.allocated_peak = max(self.allocated_peak, self.allocated)
@@ -144,20 +114,23 @@ class Allocator:
     def release(self, block: Block) -> None:
         """Back to its pool, merged with free neighbours."""
         self.allocated -= block.size
-        pool = self.pools[block.small]
+        block.free = True
+        self._merge_free(block)
+        self.idle_segments += not (block.before or block.after)
+        self._keep(block)
+
+    def _merge_free(self, block: Block) -> None:
         for other in (block.after, block.before):
             if other and other.free:
-                del pool[bisect_left(pool, (other.size, other.address))]
-                block, gone = (other, block) if other is block.before else (block, other)
-                block.size += gone.size
-                block.after = gone.after
-                if gone.after:
-                    gone.after.before = block
-                elif self.expandable:
-                    self.tails[block.small] = block
-        block.free = True
-        self.idle_segments += not (block.before or block.after)
-        insort(pool, (block.size, block.address, block))
+                self._take(other)
+                _absorb(block, other)
+
+    def _keep(self, block: Block) -> None:
+        insort(self.pools[block.small], (block.size, block.address, block))
+
+    def _take(self, block: Block) -> None:
+        pool = self.pools[block.small]
+        del pool[bisect_left(pool, (block.size, block.address))]
 
     def try_workspace(self, sizes: Iterable[int]) -> None:
         """Take and give back the first of these sizes that there is room for: cuDNN has an algorithm for each."""
@@ -165,6 +138,133 @@ class Allocator:
             with contextlib.suppress(OutOfMemory):
                 self.release(self.malloc(size))
                 return
+
+
+class ExpandableAllocator(Allocator):
+    """With expandable segments. `reserved` is what is mapped.
+
+    Before it maps pages it asks for room for a whole segment, as if none of what is free beside them were used.
+    """
+
+    least_rest = ROUNDING
+
+    def __init__(self, cap: int = UNLIMITED) -> None:
+        super().__init__(cap)
+        large, small = (Block(base, UNLIMITED, bool(base), None, None) for base in (0, UNLIMITED))
+        large.mapped = small.mapped = False
+        self.unmapped = ([large], [small])  # by address
+
+    def empty_cache(self) -> None:
+        """Unmap the pages that are free as a whole."""
+        for pool in self.pools:
+            for _, _, block in tuple(pool):
+                self._unmap(block)
+
+    def _best_fit(self, size: int, small: bool) -> Block | None:
+        def can_be(block: Block) -> int:
+            return block.size + (block.after.size if block.after and not block.after.mapped else 0)
+
+        pool = self.pools[small]
+        at = bisect_left(pool, (size,))
+        while at + 1 < len(pool) and can_be(pool[at + 1][2]) < can_be(pool[at][2]):
+            at += 1  # of what can grow what it can grow to counts
+        return pool.pop(at)[2] if at < len(pool) else None
+
+    def _more(self, size: int, small: bool) -> Block:
+        self._make_room(segment_size(size, small))
+        block = self._with_addresses(size, small)
+        if not block.mapped:
+            self._map(block, size)
+        while block.size < size:
+            assert block.after
+            more, block = size - block.size, block.after
+            self._map(block, more)
+        self._take(block)
+        return block
+
+    def _with_addresses(self, size: int, small: bool) -> Block:
+        """The first of the blocks, free ones or without pages, that have room for `size` bytes."""
+        for unmapped in self.unmapped[small]:
+            first = unmapped.before if unmapped.before and unmapped.before.free else unmapped
+            found = 0
+            block: Block | None = first
+            while block and found < size and (block.free or not block.mapped):
+                found += block.size
+                block = block.after
+            if found >= size:
+                return first
+        raise AssertionError("addresses do not end")
+
+    def _map(self, block: Block, size: int) -> None:
+        """Map pages to the first `size` bytes of a block, or all of it."""
+        size = min(rounded(size, _page(block)), block.size)
+        blocks = self.unmapped[block.small]
+        at = bisect_left(blocks, block.address, key=lambda one: one.address)
+        if size < block.size:
+            blocks[at] = _split(block, size)
+            blocks[at].mapped = False
+        else:
+            del blocks[at]
+        self._reserve(size)
+        block.mapped = block.free = True
+        self._merge_free(block)
+        self._keep(block)
+
+    def _unmap(self, block: Block) -> None:
+        """Unmap the pages that lie within a free block."""
+        page = _page(block)
+        begin, end = rounded(block.address, page), (block.address + block.size) // page * page
+        if begin >= end:
+            return
+        self._take(block)
+        if begin > block.address:
+            before, block = block, _split(block, begin - block.address)
+            self._keep(before)
+        if end < block.address + block.size:
+            after = _split(block, end - block.address)
+            after.free = True
+            self._keep(after)
+        self.reserved -= block.size
+        block.mapped = block.free = False
+        blocks = self.unmapped[block.small]
+        for other in (block.after, block.before):
+            if other and not other.mapped:
+                blocks.remove(other)
+                _absorb(block, other)
+        insort(blocks, block, key=lambda one: one.address)
+
+
+def segment_size(size: int, small: bool) -> int:
+    """Of the segment that a request of `size` bytes makes, in bytes."""
+    if small:
+        return SMALL_SEGMENT
+    return LARGE_SEGMENT if size < OWN_SEGMENT else rounded(size, SEGMENT_ROUNDING)
+
+
+def _page(block: Block) -> int:
+    return SMALL_SEGMENT if block.small else LARGE_SEGMENT
+
+
+def _split(block: Block, size: int) -> Block:
+    """Cut a block after `size` bytes; the rest."""
+    rest = Block(block.address + size, block.size - size, block.small, block, block.after)
+    if block.after:
+        block.after.before = rest
+    block.after, block.size = rest, size
+    return rest
+
+
+def _absorb(block: Block, other: Block) -> None:
+    """Let a block have what its neighbour has."""
+    if other is block.before:
+        block.address, block.before = other.address, other.before
+        if other.before:
+            other.before.after = block
+    else:
+        block.after = other.after
+        if other.after:
+            other.after.before = block
+    block.size += other.size
 
 
 @dataclass
@@ -182,7 +282,9 @@ def replay(events: Sequence[Event], cap: int = UNLIMITED, expandable: bool = Fal
     Raises:
         OutOfMemory: when the cap is too low.
     """
-    allocator, blocks, result = Allocator(cap, expandable), {}, Replay()
+    allocator = ExpandableAllocator(cap) if expandable else Allocator(cap)
+    blocks: dict[int, Block] = {}
+    result = Replay()
     phase = "load"
 
     def leave() -> None:
@@ -207,12 +309,12 @@ def replay(events: Sequence[Event], cap: int = UNLIMITED, expandable: bool = Fal
     return result
 
 
-def smallest_cap(events: Sequence[Event], low: int, high: int, tolerance: int) -> int:
+def smallest_cap(events: Sequence[Event], low: int, high: int, tolerance: int, expandable: bool = False) -> int:
     """The smallest cap in (low, high], in bytes and within `tolerance`, under which the trace completes."""
     while high - low > tolerance:
         cap = (low + high) // 2
         try:
-            replay(events, cap)
+            replay(events, cap, expandable)
             high = cap
         except OutOfMemory:
             low = cap

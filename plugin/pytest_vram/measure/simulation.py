@@ -8,7 +8,7 @@ import torch
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import Model
-from pytest_vram.measure.allocator import EXPANDABLE_SLACK, MIB, replay, smallest_cap
+from pytest_vram.measure.allocator import MIB, replay, smallest_cap
 from pytest_vram.measure.phases import Phases
 from pytest_vram.measure.trace import CPU, HOPPER, KEEP_VALUES, OneDevice, Trace, as_meta
 from pytest_vram.pipelines.build import (
@@ -97,10 +97,7 @@ def _on_gpu(model: Model, case: Case, capability: float, gpu: int) -> Estimate:
                 pipe(**arguments)
         effects = {name: "applied" if took_effect() else "no_effect" for name, took_effect in seen.items()}
     free = replay(trace.events, expandable=expandable)
-    if expandable:
-        need = trace.peak + EXPANDABLE_SLACK
-    else:
-        need = smallest_cap(trace.events, trace.peak - MIB, free.reserved_peak, TOLERANCE)
+    need = smallest_cap(trace.events, trace.peak - MIB, free.reserved_peak, TOLERANCE, expandable)
     return Estimate(
         weights=weights,
         allocated_peak=free.allocated_peak,
