@@ -271,6 +271,15 @@ class Bnb4Bit(_BitsAndBytes):
         options = {"compress_statistics": False, "quant_type": "nf4", "module": layer}
         layer.weight = Params4bit(layer.weight.data, **options)._quantize(layer.weight.device)
 
+    def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
+        from bitsandbytes.nn import Linear4bit
+
+        for network in denoisers(pipe, denoiser):
+            for layer in network.modules():
+                if isinstance(layer, Linear4bit):
+                    layer.support_avx512bf16_for_cpu = False  # as which it would pack weights anew for this CPU
+        return super().simulate(pipe, denoiser, recorder)
+
 
 class QuantoInt8(_Quantized):
     """As diffusers' QuantoConfig does it. In int4 quanto compiles a kernel where it is first used."""
