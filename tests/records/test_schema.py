@@ -218,6 +218,27 @@ def test_exact_is_what_rounding_in_the_dtype_explains(optimizations: list[str], 
     assert Record.model_validate({**document, "exact": not exact}).exact is exact, "judged where it is read"
 
 
+@pytest.mark.parametrize(
+    ("flags", "difference", "idle"),
+    [
+        (["tf32"], None, ("tf32",)),  # not compared
+        (["tf32"], 0.0, ("tf32",)),
+        (["tf32"], 0.04, ()),
+        (["tf32", "compile"], 0.04, ("tf32",)),  # the other one's, maybe
+    ],
+)
+def test_a_flag_alone_that_changes_the_image_has_an_effect(
+    flags: list[str], difference: float | None, idle: tuple[str, ...]
+) -> None:
+    apart = {"claimed": False, "against": "x", "mean_abs_difference": difference, "max_abs_difference": difference}
+    found = record(
+        effects={"bf16": "applied", "tf32": "no_effect"},
+        exactness=None if difference is None else {**apart, "psnr_db": 44.0 if difference else None},
+        case={"optimizations": ["bf16", *flags]},
+    )
+    assert found.no_effect == idle
+
+
 def test_of_flags_that_claim_nothing_the_difference_is_information() -> None:
     apart = {"against": "x", "max_abs_difference": 0.9, "mean_abs_difference": 0.5, "psnr_db": 6.0}
     assert record(exactness={**apart, "claimed": False}).exact is None

@@ -221,6 +221,14 @@ class Record(_Part):
         roundoff = next((ROUNDOFF[name] for name in self.case.optimizations if name in ROUNDOFF), ROUNDOFF["bf16"])
         return self.exactness.mean_abs_difference <= EXACT_WITHIN_ROUNDOFFS * roundoff
 
+    @property
+    def no_effect(self) -> tuple[str, ...]:
+        """The flags that were seen to change nothing. One alone that changed the image has had an effect, though it was
+        not seen where it is looked for."""
+        idle = tuple(name for name, effect in self.effects.items() if effect == "no_effect")
+        alone = len(self.case.optimizations) == 2  # with the dtype
+        return () if alone and self.exactness and self.exactness.max_abs_difference else idle
+
     @model_validator(mode="after")
     def _possible(self) -> "Record":
         if problem := impossible_figures(self):

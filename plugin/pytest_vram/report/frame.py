@@ -167,7 +167,7 @@ def _row(record: Record) -> dict[str, Any]:
         "temperature_c": _of(max, [r.temperature_c for r in rounds]),
         "power_w": _of(statistics.fmean, [r.power_w for r in rounds]),
         "energy_j_per_image": record.energy_j_per_image,
-        "no_effect": "+".join(n for n, effect in record.effects.items() if effect == "no_effect") or None,
+        "no_effect": "+".join(record.no_effect) or None,
         "exact": record.exact,
         "disturbed": record.disturbed,
         "failure_phase": record.failure.phase if record.failure else None,

@@ -104,9 +104,8 @@ def _row(record: Record) -> list[str]:
     memory, time = record.memory, record.time
     label = printable(" ".join(record.case.labels))
     frames = record.case.frames if isinstance(record.case, Case) else None
-    no_effect = [name for name, effect in record.effects.items() if effect == "no_effect"]
-    if no_effect:
-        label += f"\n   {printable(', '.join(no_effect))}: no effect"
+    if record.no_effect:
+        label += f"\n   {printable(', '.join(record.no_effect))}: no effect"
     if record.exactness is not None and not record.exact and record.exactness.mean_abs_difference:
         what = "not exact" if record.exactness.claimed else "the image"
         label += f"\n   {what}: differs by {record.exactness.mean_abs_difference:.2g}"

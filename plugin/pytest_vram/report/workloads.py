@@ -191,7 +191,7 @@ class Choice:
     @cached_property
     def no_effect(self) -> tuple[str, ...]:
         """The flags that were seen to change nothing."""
-        return tuple(name for name, effect in self.record.effects.items() if effect == "no_effect")
+        return self.record.no_effect
 
     @property
     def gpus(self) -> Sequence[GpuMemory]:
