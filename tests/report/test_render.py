@@ -326,8 +326,19 @@ def test_what_costs_and_buys_nothing_is_told() -> None:
     report = a_report(a_run(record(memory=needing(9_000)), more, slower, saves))
     assert cells_of(report, "What made it worse", "optimizations") == ["`fp16+fused_qkv`", "`fp16+tf32`"]
     assert cells_of(report, "What made it worse", "required GiB") == ["+1.95", "0"]
+    assert cells_of(report, "What made it worse", "than") == ["`fp16`", "`fp16`"]
     assert "What made it worse" in html(report).texts["all"]
     assert "What made it worse" not in tables(markdown(a_report(a_run(record(memory=needing(9_000)), saves))))
+
+
+def test_what_a_flag_costs_another_is_told() -> None:
+    time = {"median_s": 900.0, "full_length_s": 900.0, "workers": [{"rounds_s": [900.0], "median_s": 900.0}]}
+    saves = record(id="saves", case={"optimizations": ["fp16", "vae_tiling"]}, memory=needing(6_000))
+    slower = record(id="both", case={"optimizations": ["fp16", "vae_tiling", "tf32"]}, memory=needing(6_000), time=time)
+    report = a_report(a_run(record(memory=needing(9_000)), saves, slower))
+    assert cells_of(report, "What made it worse", "optimizations") == ["`fp16+vae_tiling+tf32`"]
+    assert cells_of(report, "What made it worse", "than") == ["`fp16+vae_tiling`"]
+    assert cells_of(report, "What made it worse", "required GiB") == ["0"]
 
 
 def test_a_set_for_two_gpus_says_what_each_must_have_and_is_recommended_for_no_card() -> None:

@@ -261,25 +261,24 @@ class Document:
         ]
 
     def worse(self) -> Table:
-        """The measured sets that buy nothing: beside the plain dtype on that GPU they require more or take longer, and
-        neither less."""
+        """The measured sets that buy nothing: beside the plain dtype on that GPU, or a set of some of their flags, they
+        require more or take longer, and neither less."""
         rows = []
         for workload in (w for subject in self.leads for w in self.evidence.subjects[subject]):
             for choices in self.evidence.by_gpu(workload):
                 plain = baseline(choices)
-                for choice in without_idle_flags(choices):
-                    saved, paid = against(choice, plain)
-                    if saved is None or paid is None or not choice.call_s or not plain.call_s:
-                        continue
-                    share, times = saved / (plain.required_bytes or 1), choice.call_s / plain.call_s
-                    noise = same_time(choice, plain)
-                    if (share < -SAME_MEMORY and times > 1 / noise) or (times > noise and share < SAME_MEMORY):
-                        cost = [Cell(signed(-saved / GIB)), Cell(f"×{times:.2f}"), Cell(choice.gpu or "")]
-                        each = f"(each of {len(choice.gpus)} GPUs)" if choice.gpus else ""
-                        named = Cell("", name=choice.name, remark=each)
-                        rows.append([*self._keys(workload), named, *cost, Cell(self.tag(choice, plain), "runs")])
-        columns = ("model", "size", "batch", "optimizations", "required GiB", "time", "on", "runs")
-        return Table("What made it worse", columns, rows, 4)
+                measured = without_idle_flags(choices)
+                for choice in measured:
+                    fewer = [c for c in measured if set(c.optimizations) < set(choice.optimizations)]
+                    for other in (plain, *fewer):
+                        if cost := _for_nothing(choice, other):
+                            each = f"(each of {len(choice.gpus)} GPUs)" if choice.gpus else ""
+                            sets = [Cell("", name=choice.name, remark=each), Cell("", name=other.name)]
+                            found_on = [Cell(choice.gpu or ""), Cell(self.tag(choice, other), "runs")]
+                            rows.append([*self._keys(workload), *sets, *cost, *found_on])
+                            break
+        columns = ("model", "size", "batch", "optimizations", "than", "required GiB", "time", "on", "runs")
+        return Table("What made it worse", columns, rows, 5)
 
     def largest(self) -> Table:
         """For each model and card the largest batch at the lead size, and the largest size at the smallest batch."""
@@ -380,6 +379,17 @@ class Document:
         if not workload.width:
             return [Cell(self.name(workload)), Cell(workload.test), Cell(NOTHING)]
         return [Cell(self.name(workload)), Cell(workload.size), Cell(str(workload.batch_size))]
+
+
+def _for_nothing(choice: Choice, other: Choice) -> list[Cell]:
+    """What a choice requires and takes more than another, of which it requires and takes nothing less; else nothing."""
+    saved, paid = against(choice, other)
+    if saved is None or paid is None or not choice.call_s or not other.call_s:
+        return []
+    share, times, noise = saved / (other.required_bytes or 1), choice.call_s / other.call_s, same_time(choice, other)
+    if (share < -SAME_MEMORY and times > 1 / noise) or (times > noise and share < SAME_MEMORY):
+        return [Cell(signed(-saved / GIB)), Cell(f"×{times:.2f}")]
+    return []
 
 
 def _marked(workload: Workload, verdict: Verdict, words: str, last: Workload) -> str:
