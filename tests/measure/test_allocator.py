@@ -1,10 +1,20 @@
 """The model of PyTorch's caching allocator against traces worked out by hand from CUDACachingAllocator.cpp."""
 
+import contextlib
+import random
 from itertools import permutations
 
 import pytest
 
-from pytest_vram.measure.allocator import Allocator, Event, ExpandableAllocator, OutOfMemory, replay, smallest_cap
+from pytest_vram.measure.allocator import (
+    Allocator,
+    Block,
+    Event,
+    ExpandableAllocator,
+    OutOfMemory,
+    replay,
+    smallest_cap,
+)
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -306,7 +316,7 @@ def test_free_pages_are_unmapped_before_it_gives_up() -> None:
     assert held(allocator) == (80, 80)
     allocator.release(first)
     allocator.release(middle)  # 50 free at the front
-    allocator.malloc(60 * MIB)  # the two whole pages of them are unmapped: 20 to 40 is not one
+    allocator.malloc(60 * MIB)  # the two whole pages of them are unmapped: 40 to 60 is used in part
     assert held(allocator) == (90, 100)
     with pytest.raises(OutOfMemory):
         allocator.malloc(20 * MIB)
@@ -352,11 +362,71 @@ def test_what_is_mapped_with_free_pages_beside_it_asks_for_a_whole_segment() -> 
 
 
 def test_the_smallest_cap_with_expandable_segments() -> None:
-    kept: list[Event] = [event for number in range(1, 40, 2) for event in ((number, 5 * MIB), (number + 1, 5 * MIB))]
-    holes: list[Event] = [(-number, 0) for number in range(1, 40, 2)]
-    trace = [*kept, *holes, (41, 30 * MIB)]
-    need = smallest_cap(trace, 130 * MIB, 400 * MIB, MIB, expandable=True)
-    assert 230 * MIB <= need <= 231 * MIB, "200 in pages that are half used"
-    replay(trace, need, expandable=True)
+    trace: list[Event] = [(1, 61 * MIB), (2, 25 * MIB)]
+    reserved = replay(trace, expandable=True).reserved_peak
+    assert reserved == 100 * MIB
     with pytest.raises(OutOfMemory):
-        replay(trace, need - MIB, expandable=True)
+        replay(trace, reserved, expandable=True)  # 80 are mapped, 26 asked for
+    need = smallest_cap(trace, 80 * MIB, reserved + 42 * MIB, 4 * KIB, expandable=True)
+    assert 0 <= need - 106 * MIB <= 4 * KIB
+    assert smallest_cap(trace, 80 * MIB, reserved, 4 * KIB) <= 88 * MIB + 4 * KIB  # in 62 and 26
+
+
+def test_a_run_of_addresses_goes_across_free_blocks_between_holes() -> None:
+    allocator = ExpandableAllocator()
+    blocks = [allocator.malloc(mib * MIB) for mib in (50, 10, 50, 10)]
+    allocator.release(blocks[0])
+    allocator.release(blocks[2])
+    allocator.empty_cache()  # left mapped: 40 to 60, of which 50 to 60 is used, and 100 to 120, used from 110
+    assert held(allocator) == (20, 40)
+    allocator.release(blocks[1])  # free: 40 to 60, between two holes
+    assert allocator.malloc(105 * MIB).address == 0
+    assert held(allocator) == (115, 120)
+
+
+def test_of_several_blocks_that_can_grow_the_one_that_grows_least_is_taken() -> None:
+    allocator = ExpandableAllocator()
+    _, small_hole, _, large_hole, _ = [allocator.malloc(mib * MIB) for mib in (6, 54, 7, 93, 8)]
+    allocator.release(small_hole)
+    allocator.release(large_hole)
+    allocator.empty_cache()
+    assert held(allocator) == (21, 60)  # free: 12 before no end, 13 before a hole of 80, 14 before one of 40
+    assert allocator.malloc(12 * MIB).address == 6 * MIB
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_comes_and_goes_the_books_balance(seed: int) -> None:
+    draw = random.Random(seed)
+    allocator = ExpandableAllocator(draw.choice([1 << 62, draw.randint(30, 600) * MIB]))
+    live: list[Block] = []
+    for _ in range(draw.randint(20, 150)):
+        if (what := draw.random()) < 0.55:
+            with contextlib.suppress(OutOfMemory):
+                live.append(allocator.malloc(draw.choice([draw.randint(1, MIB), draw.randint(1, 60) * MIB])))
+        elif what < 0.95 and live:
+            allocator.release(live.pop(draw.randrange(len(live))))
+        elif what > 0.98:
+            allocator.empty_cache()
+        assert allocator.reserved == sum(mapped_in_order(allocator, small, live) for small in (False, True))
+        assert allocator.reserved <= allocator.cap + 18 * MIB
+    for block in live:
+        allocator.release(block)
+    allocator.empty_cache()
+    assert (allocator.allocated, allocator.reserved, *map(len, allocator.unmapped)) == (0, 0, 1, 1)
+
+
+def mapped_in_order(allocator: ExpandableAllocator, small: bool, live: list[Block]) -> int:
+    """Bytes that are mapped in this pool, all of whose blocks are found to be where they belong."""
+    chain = [allocator.unmapped[small][-1]]  # which has no end
+    while (before := chain[0].before) is not None:
+        assert before.after is chain[0]
+        assert before.address + before.size == chain[0].address
+        assert not (before.free and chain[0].free), "free neighbours merge"
+        assert before.mapped or chain[0].mapped, "neighbours without pages merge"
+        chain.insert(0, before)
+    assert chain[0].address == (1 << 62 if small else 0)
+    assert sorted((one.size, one.address) for one in chain if one.free) == [e[:2] for e in allocator.pools[small]]
+    assert [one for one in chain if not one.mapped] == allocator.unmapped[small]
+    used = [one for one in chain if one.mapped and not one.free]
+    assert set(map(id, used)) == {id(one) for one in live if one.small is small}
+    return sum(one.size for one in chain if one.mapped)

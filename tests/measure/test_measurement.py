@@ -185,12 +185,14 @@ class Stage:
         settings: Mapping[str, Any] = {},
         estimated: Estimated | None = None,
         references: References | None = None,
+        environ: Mapping[str, str] = {},
         **script: Any,
     ) -> Record:
         case = case or case_of(*optimizations, limit_mib=limit_mib)
         chosen = Settings(**{"task": f"tests.measure.tasks:{task}", "timeout_s": 20.0, "need": False, **settings})
         model = TINY.model_copy(update={"pipeline_arguments": {"script": json.dumps(script)}})
         job = job_of(case, model) if isinstance(case, Case) else {"id": case.id, "own": {}}
+        job |= {"environ": dict(environ)} if environ else {}
         job["model"] = model.model_dump(mode="json", by_alias=True)  # where the script is
         record = measure(case, job, self.machine, chosen, self.story.say, estimated, references)
         assert (record.id, record.case, record.method) == (case.id, case, "measured")
@@ -421,6 +423,17 @@ def test_the_need_is_what_the_last_probe_that_fitted_has_taken(cuda: Stage) -> N
     record = cuda.search(need_mib=480, fits={"reserved_peak_bytes": 484 * MIB})
     assert record.memory.need_bytes == 484 * MIB
     assert cuda.probed[0] > 490 * MIB  # near the allocated peak, and more than it took
+
+
+def test_with_expandable_segments_the_need_may_be_above_what_is_reserved(cuda: Stage) -> None:
+    own = {"case": OwnCase(model="test_mine.py", test="test_it", build="a", call="b")}
+    asked = {"environ": {"PYTORCH_ALLOC_CONF": "backend:native,expandable_segments:True"}}
+    hows: list[dict[str, Any]] = [{"optimizations": ["fp32", "expandable_segments"]}, {**own, **asked}]
+    for how in hows:
+        record = cuda.search(**how, need_mib=630, fits={"reserved_peak_bytes": 600 * MIB})
+        assert record.memory.reserved_peak_bytes == 600 * MIB
+        assert 630 * MIB <= (record.memory.need_bytes or 0) <= 642 * MIB
+    assert_no_need(cuda.search(need_mib=630, fits={"reserved_peak_bytes": 600 * MIB}), "its own reserved peak")
 
 
 def test_the_call_at_need_is_as_long_as_the_measured_one(cuda: Stage) -> None:
@@ -951,6 +964,14 @@ def test_one_more_worker_when_the_context_grew(server: ForkServer) -> None:
     assert record.status == "ok"
     assert (record.memory.reserved_peak_bytes, record.memory.context_bytes) == (500 * MIB, 500 * MIB)
     assert record.memory.nvml_process_peak_bytes == 1000 * MIB
+
+
+def test_no_more_workers_when_more_was_mapped_than_the_cap_says(server: ForkServer) -> None:
+    stage = Stage(server, "cuda", Card(1000))
+    stage.machine.context_bytes = 400 * MIB
+    record = stage.measure(limit_mib=1000, done={"reserved_peak_bytes": 610 * MIB})
+    assert stage.story.caps == [f"cap {600 * MIB}"]
+    assert (record.status, record.memory.reserved_peak_bytes) == ("ok", 610 * MIB)
 
 
 # What NVML says

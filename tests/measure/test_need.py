@@ -123,6 +123,16 @@ def test_a_need_just_above_the_reserved_peak_is_found_within_its_tolerance() -> 
     assert process.caps[-2:] == [3 * GIB, 3 * GIB + tolerance(3 * GIB)]
 
 
+@pytest.mark.parametrize("asks", [0, 10 * MIB, 42 * MIB])
+@pytest.mark.parametrize("off", [0.9, 0.99, 1, 1.01, 1.1])
+def test_an_allocator_that_asks_for_more_than_it_reserves(asks: int, off: float) -> None:
+    need = 3 * GIB
+    process = Process(need, need - asks, takes=lambda cap: need - asks)
+    found = search(process, int(off * need), ESTIMATE_SPREAD, process.reserved_peak, 42 * MIB)
+    assert_found(found, process)
+    assert found.bytes <= need - asks + 42 * MIB
+
+
 def test_no_need_where_it_fails_under_its_own_reserved_peak() -> None:
     process = Process(4 * GIB, 3 * GIB)
     with pytest.raises(NoNeed, match="its own reserved peak"):

@@ -1,5 +1,6 @@
 """What a record may say: figures that cannot be true are refused, unknown keys are not."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -195,6 +196,15 @@ def test_a_case_of_ones_own_needs(key: str) -> None:
 
 def test_a_pipeline_of_ones_own_may_offload_its_weights() -> None:
     assert own(memory={"weights_bytes": 11801 * MIB}).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("optimizations", "above"), [(["fp16"], 64), (["fp16", "expandable_segments"], 106), (["fp16", "vae_tiling"], 64)]
+)
+def test_with_expandable_segments_a_cap_may_be_above_what_is_reserved(optimizations: list[str], above: int) -> None:
+    for mib, fine in ((above, True), (above + 1, False)):
+        with contextlib.nullcontext() if fine else pytest.raises(ValidationError, match="is above reserved_peak_bytes"):
+            record(memory={"need_bytes": (15800 + mib) * MIB}, case={"optimizations": optimizations})
 
 
 # 4 roundings, each of half the distance from 1 to the next number of the dtype; for fp32 to that of TF32

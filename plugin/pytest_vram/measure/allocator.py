@@ -141,15 +141,17 @@ class Allocator:
 
 
 class ExpandableAllocator(Allocator):
-    """With expandable segments. `reserved` is what is mapped.
+    """With expandable segments. `reserved` is what is mapped, in pages of 2 and 20 MiB.
 
-    Before it maps pages it asks for room for a whole segment, as if none of what is free beside them were used.
+    Before it maps pages it asks for room for a whole segment, as if none of what is free beside them were used: under
+    a cap of its own `reserved_peak` a trace may fail. And what it maps, rounded up to pages, may be above the cap by
+    18 MiB. Each pool's addresses have no end here; PyTorch begins another range after 9/8 of the card's memory.
     """
 
     least_rest = ROUNDING
 
     def __init__(self, cap: int = UNLIMITED) -> None:
-        super().__init__(cap)
+        super().__init__(cap)  # of which `top` and `idle_segments` stay 0: nothing is a segment of its own
         large, small = (Block(base, UNLIMITED, bool(base), None, None) for base in (0, UNLIMITED))
         large.mapped = small.mapped = False
         self.unmapped = ([large], [small])  # by address
@@ -183,7 +185,7 @@ class ExpandableAllocator(Allocator):
         return block
 
     def _with_addresses(self, size: int, small: bool) -> Block:
-        """The first of the blocks, free ones or without pages, that have room for `size` bytes."""
+        """The first block of the lowest run of blocks, free or without pages, that has room for `size` bytes."""
         for unmapped in self.unmapped[small]:
             first = unmapped.before if unmapped.before and unmapped.before.free else unmapped
             found = 0
@@ -198,13 +200,11 @@ class ExpandableAllocator(Allocator):
     def _map(self, block: Block, size: int) -> None:
         """Map pages to the first `size` bytes of a block, or all of it."""
         size = min(rounded(size, _page(block)), block.size)
-        blocks = self.unmapped[block.small]
-        at = bisect_left(blocks, block.address, key=lambda one: one.address)
+        self._forget(block)
         if size < block.size:
-            blocks[at] = _split(block, size)
-            blocks[at].mapped = False
-        else:
-            del blocks[at]
+            rest = _split(block, size)
+            rest.mapped = False
+            self._remember(rest)
         self._reserve(size)
         block.mapped = block.free = True
         self._merge_free(block)
@@ -226,12 +226,18 @@ class ExpandableAllocator(Allocator):
             self._keep(after)
         self.reserved -= block.size
         block.mapped = block.free = False
-        blocks = self.unmapped[block.small]
         for other in (block.after, block.before):
             if other and not other.mapped:
-                blocks.remove(other)
+                self._forget(other)
                 _absorb(block, other)
-        insort(blocks, block, key=lambda one: one.address)
+        self._remember(block)
+
+    def _remember(self, block: Block) -> None:
+        insort(self.unmapped[block.small], block, key=lambda one: one.address)
+
+    def _forget(self, block: Block) -> None:
+        blocks = self.unmapped[block.small]
+        del blocks[bisect_left(blocks, block.address, key=lambda one: one.address)]
 
 
 def segment_size(size: int, small: bool) -> int:
@@ -310,7 +316,8 @@ def replay(events: Sequence[Event], cap: int = UNLIMITED, expandable: bool = Fal
 
 
 def smallest_cap(events: Sequence[Event], low: int, high: int, tolerance: int, expandable: bool = False) -> int:
-    """The smallest cap in (low, high], in bytes and within `tolerance`, under which the trace completes."""
+    """The smallest cap in (low, high], in bytes and within `tolerance`, under which the trace completes; under `high`
+    it must."""
     while high - low > tolerance:
         cap = (low + high) // 2
         try:

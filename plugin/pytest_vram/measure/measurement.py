@@ -16,7 +16,7 @@ from pytest_vram.measure.conversation import Conversation, Say
 from pytest_vram.measure.drift import with_drift, without_drift
 from pytest_vram.measure.environment import without_paths
 from pytest_vram.measure.exactness import NoReference, References
-from pytest_vram.measure.forkserver import PRELOAD_ENVIRON
+from pytest_vram.measure.forkserver import ALLOCATOR_VARIABLES, PRELOAD_ENVIRON
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
 from pytest_vram.measure.recording import record_of, skipped, with_exactness, with_need, with_others, without_need
@@ -27,6 +27,7 @@ from pytest_vram.pipelines.optimizations import chosen, gpus_of, impossible
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.records.schema import (
     CHECK_INTERRUPTED,
+    EXPANDABLE_ASKS_BYTES,
     NOT_FOR_MEMORY,
     NOT_SEARCHED,
     SEARCH_INTERRUPTED,
@@ -254,7 +255,7 @@ class CaseWorkers:
             run.outcome["status"] = "error"  # not the limit's doing: it comes with room too
         grown = run.context or 0
         reserved = run.outcome.get("reserved_peak_bytes") or 0
-        if limit and run.done and grown + reserved > limit:
+        if limit and run.done and grown > context and grown + reserved > limit:
             self.machine.context_bytes = max(context, grown)
             run = self._worker(limit - self.machine.context_bytes)
         return run
@@ -283,14 +284,21 @@ class CaseWorkers:
         if estimated:  # what the estimate has wrong of the allocated peak it probably has wrong of the need
             guess = estimated.need * memory.allocated_peak_bytes // estimated.allocated_peak
             spread = ESTIMATE_SPREAD
-        self._room = memory.reserved_peak_bytes
-        return [search(self.probe, guess, spread, self._room)] * self.gpus
+        return [self._search(guess, spread, memory.reserved_peak_bytes)] * self.gpus
 
     def _need_on(self, gpu: int, measured: GpuMemory) -> Need:
         if not measured.allocated_peak_bytes or not measured.reserved_peak_bytes:
             raise NoNeed(f"nothing was seen on GPU {gpu}")
-        self._capped, self._room = [gpu], measured.reserved_peak_bytes
-        return search(self.probe, measured.allocated_peak_bytes, ALLOCATED_SPREAD, self._room)
+        self._capped = [gpu]
+        return self._search(measured.allocated_peak_bytes, ALLOCATED_SPREAD, measured.reserved_peak_bytes)
+
+    def _search(self, guess: int, spread: float, reserved_peak: int) -> Need:
+        allocator = ",".join(self._environ(self.case).get(name, "") for name in ALLOCATOR_VARIABLES)
+        asks = EXPANDABLE_ASKS_BYTES if "expandable_segments:True" in allocator else 0
+        if limit := self.case.limit_bytes:  # under which it has completed
+            asks = max(0, min(asks, limit - self.machine.context_bytes - reserved_peak))
+        self._room = reserved_peak + asks
+        return search(self.probe, guess, spread, reserved_peak, asks)
 
     def probe(self, cap: int | None) -> Probe:
         """Whether a fresh worker completes under a cap in bytes, or with all that the GPU has free.
@@ -332,19 +340,24 @@ class CaseWorkers:
         return self._worker(None if limit is None else limit - self.machine.context_bytes, leak_calls=calls).outcome
 
     def _worker(self, cap: int | None, *, subject: AnyCase | None = None, **job: Any) -> WorkerRun:
+        names = (subject or self.case).optimizations
+        environ = self._environ(subject or self.case)
+        if self.processes and gpus_of(names) > 1:
+            return self._run_together(environ, cap, job)
+        if not any(optimization.on_disk for optimization in chosen(names)):
+            return self._run(environ, cap, job)
+        with TemporaryDirectory(prefix="pytest-vram-") as folder:  # this process outlives a worker that is killed
+            return self._run({**environ, OFFLOAD_FOLDER: folder}, cap, job)
+
+    def _environ(self, case: AnyCase) -> dict[str, str]:
+        """What a worker has in its environment beside what this process has."""
         environ = dict(PRELOAD_ENVIRON)
-        optimizations = chosen((subject or self.case).optimizations)
-        for optimization in optimizations:
+        for optimization in chosen(case.optimizations):
             environ |= optimization.environ
         environ |= self.job.get("environ", {})
         if self.caches:
             environ |= {"TORCHINDUCTOR_CACHE_DIR": str(self.caches), "TRITON_CACHE_DIR": str(self.caches / "triton")}
-        if self.processes and gpus_of((subject or self.case).optimizations) > 1:
-            return self._run_together(environ, cap, job)
-        if not any(optimization.on_disk for optimization in optimizations):
-            return self._run(environ, cap, job)
-        with TemporaryDirectory(prefix="pytest-vram-") as folder:  # this process outlives a worker that is killed
-            return self._run({**environ, OFFLOAD_FOLDER: folder}, cap, job)
+        return environ
 
     def _run(self, environ: dict[str, str], cap: int | None, job: Message) -> WorkerRun:
         """One worker, on as many GPUs as the case takes."""

@@ -48,18 +48,20 @@ def tolerance(need: int) -> int:
     return max(LEAST_TOLERANCE, int(RELATIVE_TOLERANCE * need))
 
 
-def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_peak: int) -> Need:
+def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_peak: int, asks: int = 0) -> Need:
     """Halve what the need may be until the bracket is as narrow as the tolerance.
 
     What it may be is a Cauchy distribution about `guess`, half of it within `spread` times the guess: near the guess it
     bisects finely, and where the guess is wrong its steps grow. `reserved_peak` is what the case took with room, so
-    under that cap it would go the same way. A process that completes shows the same of its own reserved peak.
+    under that cap it would go the same way. A process that completes shows the same of its own reserved peak. `asks`
+    is how many bytes its allocator may ask for beyond what it then reserves.
 
     Raises:
         NoNeed: when the case fails even under a cap of its own reserved peak.
     """
     guess = max(guess, MIB)
-    low, high = 0, reserved_peak
+    most = reserved_peak + asks
+    low, high = 0, most
     at: Probe | None = None
     decided_by: str | None = None
     probes = 0
@@ -75,11 +77,11 @@ def search(probe: Callable[[int], Probe], guess: int, spread: float, reserved_pe
         cap = min(max(int(middle), low + LEAST_TOLERANCE // 2), high - LEAST_TOLERANCE // 2)
         result = try_cap(cap)
         if result.fits:
-            at, high = result, min(cap, max(result.reserved_peak or cap, low + 1))
+            at, high = result, min(cap, max((result.reserved_peak or cap) + asks, low + 1))
         else:
             low, decided_by = cap, result.failed_in
     if at is None:  # nothing below fitted: see that it does fit
-        for high in (reserved_peak, reserved_peak + tolerance(reserved_peak)):
+        for high in (most, most + tolerance(most)):
             at = try_cap(high)
             if at.fits:
                 break

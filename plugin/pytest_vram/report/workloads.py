@@ -444,12 +444,12 @@ def baseline(choices: Sequence[Choice]) -> Choice:
     return plain[0] if plain else min(choices, key=lambda choice: len(choice.optimizations))
 
 
-def without_idle_flags(choices: Sequence[Choice], others: Collection[tuple[str, ...]] = ()) -> list[Choice]:
+def without_idle_flags(choices: Sequence[Choice], searched: Collection[tuple[str, ...]] = ()) -> list[Choice]:
     """The choices less those with a flag that was seen to change nothing, where the set without it is there too, or
-    among the `others`."""
+    among those that were `searched` on another GPU."""
     if not any(choice.no_effect for choice in choices):
         return list(choices)
-    sets = {*others, *(choice.optimizations for choice in choices)}
+    sets = {*searched, *(choice.optimizations for choice in choices)}
 
     def idle(choice: Choice) -> bool:
         without = tuple(name for name in choice.optimizations if name not in choice.no_effect)
@@ -458,9 +458,9 @@ def without_idle_flags(choices: Sequence[Choice], others: Collection[tuple[str, 
     return [choice for choice in choices if not idle(choice)]
 
 
-def for_one_gpu(choices: Sequence[Choice], others: Collection[tuple[str, ...]] = ()) -> list[Choice]:
+def for_one_gpu(choices: Sequence[Choice], searched: Collection[tuple[str, ...]] = ()) -> list[Choice]:
     """Those that take one GPU, without idle flags."""
-    return [choice for choice in without_idle_flags(choices, others) if not choice.gpus]
+    return [choice for choice in without_idle_flags(choices, searched) if not choice.gpus]
 
 
 def same_time(*choices: Choice) -> float:

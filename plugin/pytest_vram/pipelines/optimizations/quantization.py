@@ -45,7 +45,7 @@ class _Quantized(Optimization):
         "group_offload_block", "group_offload_leaf", "group_offload_block_stream", "group_offload_leaf_stream",
         "group_offload_block_disk", "group_offload_leaf_disk",
     })  # fmt: skip
-    returns: ClassVar[bool] = True  # a layer that waits in host memory goes to the GPU to be quantized, and back
+    travels: ClassVar[bool] = True  # a layer that waits in host memory goes to the GPU to be quantized, and back
 
     def load(self) -> None:
         """Import what it takes."""
@@ -83,11 +83,12 @@ class _Quantized(Optimization):
         def quantize(module: Any) -> None:
             if module not in layers:
                 return
-            if module.weight.device.type != "cpu" or not self.returns or not torch.cuda.is_initialized():
-                self.quantize(module)
-                return
-            self.quantize(module.to("cuda"))  # the host would take minutes, and some kernels it has not
-            module.to("cpu")
+            away = self.travels and module.weight.device.type == "cpu" and torch.cuda.is_initialized()
+            if away:
+                module.to("cuda")  # the host would take minutes, and some kernels it has not
+            self.quantize(module)
+            if away:
+                module.to("cpu")
 
         return quantize
 
@@ -228,9 +229,9 @@ class Bnb8Bit(_BitsAndBytes):
     name = "bnb_8bit"
     call = "BitsAndBytesConfig(load_in_8bit=True)"
     summary = "weights and inputs of the denoiser's linear layers in int8, outliers apart, by bitsandbytes"
-    # Module.to() leaves behind what belongs to the weight, and these move networks later than `apply`
+    # Module.to() leaves behind what belongs to the weight; these move networks later than `apply`, which mends it
     excludes = _BitsAndBytes.excludes | {"offloads", "text_encoders_dropped"}
-    returns = False
+    travels = False
 
     def replace(self, linear: "torch.nn.Linear", dtype: "torch.dtype") -> Any:
         from bitsandbytes.nn import Linear8bitLt
@@ -277,7 +278,8 @@ class Bnb4Bit(_BitsAndBytes):
         for network in denoisers(pipe, denoiser):
             for layer in network.modules():
                 if isinstance(layer, Linear4bit):
-                    layer.support_avx512bf16_for_cpu = False  # as which it would pack weights anew for this CPU
+                    # tensors say here that they are on the CPU, for which the layer would pack its weights anew
+                    layer.support_avx512bf16_for_cpu = False
         return super().simulate(pipe, denoiser, recorder)
 
 
