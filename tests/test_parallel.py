@@ -52,9 +52,15 @@ pytest_vram.session.start_machine = start
 """
 SCRIPTED = """
 from pytest_vram.measure.measurement import CaseInterrupted
+from pytest_vram.errors import NotSaved
+from pytest_vram.records.files import Journal
 from pytest_vram.records.schema import Failure, Record, Time, WorkerTime
 
 SCRIPT = json.loads(pathlib.Path("script.json").read_text())
+
+
+def no_room(journal):
+    raise NotSaved(journal.path, OSError(28, "No space left on device"))
 
 
 def measure(case, job, machine, *_):
@@ -70,6 +76,8 @@ def measure(case, job, machine, *_):
         if isinstance(what, str) and what.startswith("until "):
             while not pathlib.Path(what.split()[1]).exists():
                 time.sleep(0.02)
+        if what == "no room":
+            Journal._write = no_room
         pathlib.Path(f"ended-{batch}").touch()
     except KeyboardInterrupt:
         raise CaseInterrupted(Record(status="error", failure=Failure(message="interrupted"), **common)) from None
@@ -189,6 +197,19 @@ def test_a_crashed_xdist_worker_costs_its_case_and_resume_goes_on(project: pytes
     assert whole.complete
     assert batches(whole) == [1, 2, 3, 4, 5, 6]
     assert whole.records[0] == first.records[0]
+
+
+def test_what_no_journal_had_room_for_is_in_the_run_file(project: pytest.Pytester) -> None:
+    play(project, script={"1": "until ended-2", "2": "no room", "3": "no room"})
+    result = run(project, *options())
+    result.assert_outcomes(passed=6)
+    (path,) = run_files(project)
+    assert (read_run(path).complete, batches(read_run(path))) == (True, [1, 2, 3, 4, 5, 6])
+    play(project, {"GPU-aa": "NVIDIA Played", "GPU-bb": "NVIDIA Other"}, {"2": "no room", "1": "until ended-2"})
+    result = run(project, *options(batches="1,2"))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    lost = "vram: no journal had room for tiny-sd/fp32/32x32/b2: free some space and run them again"
+    assert lost in str(result.stdout)
 
 
 def started(project: pytest.Pytester, *given: str) -> "subprocess.Popen[str]":

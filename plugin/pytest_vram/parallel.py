@@ -142,12 +142,16 @@ class Controller:
         self.tell(session)
         session.spent_s = time.monotonic() - session.began
         problem = None
-        for path in self.exchange.runs():
+        paths = self.exchange.runs()
+        for path in paths:
             journals = journals_of(path)
             try:
-                session.join(path, journals, len(self.gpus), interrupted)
+                session.join(path, journals, len(self.gpus), interrupted, only=len(paths) == 1)
             except (VramError, OSError) as error:
                 problem = f"{error}; these journals are kept: {', '.join(map(str, journals))}"
+        there = {record.id for written in session.written for record in written.run.records}
+        if not problem and (lost := session.finished.keys() - there):
+            problem = f"no journal had room for {', '.join(sorted(lost))}: free some space and run them again"
         try:
             session.find_base_of_joined()
         except VramError as error:

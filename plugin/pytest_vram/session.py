@@ -428,15 +428,18 @@ class SweepSession:
         update = {"records": list(records.values()), "complete": complete}
         self.written = [ReadRun(path, self.journal.run.model_copy(update=update))]
 
-    def join(self, path: Path, journals: Sequence[Path], workers: int, interrupted: bool) -> None:
-        """Write the run file that takes the place of the journals that xdist workers kept.
+    def join(self, path: Path, journals: Sequence[Path], workers: int, interrupted: bool, *, only: bool) -> None:
+        """Write the run file that takes the place of the journals that xdist workers kept. Where it is the `only` one,
+        what a journal had no room for is in it, too.
 
         Raises:
             RunFileError: where one cannot be read; all are left as they are then.
         """
-        parts = [part for journal in journals if (part := ReadRun(journal, read_journal(journal))).records]
-        if parts:
-            run = joined(parts, self.order)
+        read = [ReadRun(journal, read_journal(journal)) for journal in journals]
+        there = {record.id for part in read for record in part.records}
+        left_out = [record for id, record in self.finished.items() if only and id not in there]
+        if parts := [part for part in read if part.records or (left_out and not there)]:
+            run = joined(parts, self.order, left_out)
             complete = not interrupted and self.expected <= {record.id for record in run.records}
             options = {**run.options, "xdist_workers": workers}
             run = run.model_copy(update={"complete": complete, "options": options, "wall_s": self.spent_s})

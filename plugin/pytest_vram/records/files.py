@@ -171,6 +171,9 @@ class Journal:
     def leave(self) -> None:
         """Write no more; whoever joins the journals of all xdist workers reads it, unless it has no record."""
         if self.records:
+            if self._waiting:
+                with contextlib.suppress(NotSaved):
+                    self._write()
             self.close()
         else:
             self.discard()

@@ -81,8 +81,8 @@ def merge(runs: Sequence[ReadRun]) -> Merged:
     return Merged(first.run.model_copy(update=update), dropped, missing)
 
 
-def joined(runs: Sequence[ReadRun], order: Sequence[str]) -> Run:
-    """The run that one sweep's xdist workers kept in these journals, its records in this order of ids.
+def joined(runs: Sequence[ReadRun], order: Sequence[str], more: Sequence[Record] = ()) -> Run:
+    """The run that one sweep's xdist workers kept in these journals, with `more` records, in this order of ids.
 
     The environment is what they share, as in `merge`; `environment.merged` has which GPU measured which cases.
     """
@@ -96,7 +96,7 @@ def joined(runs: Sequence[ReadRun], order: Sequence[str]) -> Run:
     for run in runs:
         aliases |= run.run.aliases
     place = {id: number for number, id in enumerate(order)}
-    records = best_records(run.run for run in runs)
+    records = [*best_records(run.run for run in runs), *more]
     records.sort(key=lambda record: place.get(record.id, place.get(record.id.rpartition("#")[0], len(place))))
     return first.model_copy(update={"environment": environment, "aliases": aliases, "records": records})
 
