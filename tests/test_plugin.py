@@ -277,8 +277,9 @@ def test_a_project_that_has_its_own_names_runs_untouched(
 
 @pytest.fixture
 def started(project: pytest.Pytester) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts pytest on the project in the background."""
+    """Starts pytest on the project in the background, with a fork server of its own."""
     processes = []
+    folder = project.mkdir("temporary")
 
     def start(*options: str) -> "subprocess.Popen[str]":
         arguments = command("--vram-device=cpu", "--vram-rounds=30", "--vram-optimizations=fp32", *options)
@@ -288,7 +289,7 @@ def started(project: pytest.Pytester) -> Iterator[Callable[..., "subprocess.Pope
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={name: value for name, value in os.environ.items() if name != "PYTEST_PLUGINS"},  # its own server
+            env={**{n: value for n, value in os.environ.items() if n != "PYTEST_PLUGINS"}, "TMPDIR": str(folder)},
             # a shell's background jobs ignore Ctrl-C, and what they start does too
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
@@ -384,8 +385,9 @@ def test_a_killed_worker_costs_its_own_case(
     project: pytest.Pytester, started: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     process = started()
-    worker = wait_for(lambda: (found := worker_of(process)) and time.time() - found.create_time() > 1 and found)
-    worker.kill()  # not that which checks the models, in an instant
+    temporary = project.path / "temporary"
+    wait_for(lambda: any(path.is_dir() for path in temporary.glob("pytest-vram-*")))  # once the models are checked
+    wait_for(lambda: worker_of(process)).kill()
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == pytest.ExitCode.TESTS_FAILED
     assert "killed by signal 9" in output
