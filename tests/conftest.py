@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Building large networks, if only on the meta device, leaves the process with tens of GB of address space in pieces
     # so large that it may not be forked any more: those tests come last. First come those that start pytest: they take
     # longest.
-    last = {HERE / "pipelines" / name for name in ("test_architectures.py", "test_calls.py")}
+    last = {HERE / "pipelines" / name for name in ("test_architectures.py", "test_calls.py", "test_video_calls.py")}
     items.sort(key=lambda item: (item.path in last, item.path.parent != HERE))
     for item in items:
         if HERE in item.path.parents:
