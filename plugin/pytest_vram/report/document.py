@@ -2,9 +2,10 @@
 
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pytest_vram.report.workloads import (
 )
 
 NOTHING = "–"
+MOST_NAMES = 8  # of a set whose parts are looked at
 SAME_MEMORY = 0.01  # of the required memory: two searches were seen to differ by a fifth of it
 LIKE_BYTES = 12 << 20  # cards whose usable memory is written with the same two digits
 
@@ -267,10 +269,9 @@ class Document:
         for workload in (w for subject in self.leads for w in self.evidence.subjects[subject]):
             for choices in self.evidence.by_gpu(workload):
                 plain = baseline(choices)
-                measured = without_idle_flags(choices)
-                for choice in measured:
-                    fewer = [c for c in measured if set(c.optimizations) < set(choice.optimizations)]
-                    for other in (plain, *fewer):
+                by_set = {frozenset(choice.optimizations): choice for choice in without_idle_flags(choices)}
+                for names, choice in by_set.items():
+                    for other in (plain, *filter(None, map(by_set.get, _parts(names)))):
                         if cost := _for_nothing(choice, other):
                             each = f"(each of {len(choice.gpus)} GPUs)" if choice.gpus else ""
                             sets = [Cell("", name=choice.name, remark=each), Cell("", name=other.name)]
@@ -379,6 +380,12 @@ class Document:
         if not workload.width:
             return [Cell(self.name(workload)), Cell(workload.test), Cell(NOTHING)]
         return [Cell(self.name(workload)), Cell(workload.size), Cell(str(workload.batch_size))]
+
+
+def _parts(names: frozenset[str]) -> Iterator[frozenset[str]]:
+    """The smaller sets within this one, the largest first; of a set of many names, as nobody makes it, none."""
+    for size in range(len(names) - 1 if len(names) <= MOST_NAMES else 0, 0, -1):
+        yield from map(frozenset, combinations(sorted(names), size))
 
 
 def _for_nothing(choice: Choice, other: Choice) -> list[Cell]:
