@@ -25,11 +25,18 @@ HIDREAM = "HiDreamImagePipeline"  # makes about a megapixel whatever it is asked
 
 def shallow(network: torch.nn.Module) -> torch.nn.Module:
     """A copy with no more than two of the blocks that a transformer repeats: the others take time and tell nothing."""
-    found = copy.deepcopy(network)
-    for name, blocks in list(found.named_children()):
-        if isinstance(blocks, torch.nn.ModuleList) and len({type(block) for block in blocks}) == 1 and len(blocks) > 4:
-            setattr(found, name, blocks[:2])
-    return found
+    whole = {
+        name: blocks
+        for name, blocks in network.named_children()
+        if isinstance(blocks, torch.nn.ModuleList) and len({type(block) for block in blocks}) == 1 and len(blocks) > 4
+    }
+    for name, blocks in whole.items():
+        setattr(network, name, blocks[:2])
+    try:
+        return copy.deepcopy(network)
+    finally:
+        for name, blocks in whole.items():
+            setattr(network, name, blocks)
 
 
 def check(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
