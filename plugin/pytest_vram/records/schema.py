@@ -269,7 +269,7 @@ def impossible_figures(record: Record) -> str | None:
     A null is not a figure. Estimates model no NVML, and offloaded weights are not on the GPU.
     """
     memory = record.memory
-    own = isinstance(record.case, OwnCase)  # which may offload unseen
+    own = isinstance(record.case, OwnCase)  # which may offload, and expand segments, unseen
     offloaded = own or any(
         "offload" in name or "encoders" in name or "device_map" in name for name in record.case.optimizations
     )
