@@ -41,6 +41,7 @@ def declare(parser: pytest.Parser) -> None:
         help="random (default: no download, the same memory and time) or pretrained (hub id or folder)",
     )
     add("--vram-no-need", action="store_true", help="do not search the need: quicker, and no required memory")
+    add("--vram-no-difference", action="store_true", help="do not compare with the image of the dtype alone: quicker")
     add("--vram-limit", metavar="SIZE", help="the memory each case may have, context included, such as 8GiB")
     add("--vram-no-estimate", action="store_true", help="measure without an estimate beside each record")
     add("--vram-leak-check", metavar="N", help="call each case N more times in one process: does its memory grow?")
@@ -108,6 +109,7 @@ def read(config: pytest.Config) -> Options:
             timeout_s=_whole(text("timeout"), "--vram-timeout"),
             save_images=str(Path(images).absolute()) if images else None,
             need=not config.getoption("--vram-no-need"),
+            difference=not config.getoption("--vram-no-difference"),
             leak_calls=_leak_calls(text("leak-check")),
         ),
         results=Path(str(text("results"))),

@@ -255,6 +255,7 @@ class SweepSession:
                 "workers": options.settings.workers,
                 "rounds": options.settings.rounds,
                 "need": options.settings.need,
+                "difference": options.settings.difference,
                 "limit_bytes": options.limit_bytes,
             },
         )

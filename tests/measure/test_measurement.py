@@ -662,6 +662,18 @@ def test_a_case_keeps_its_output_for_those_that_are_compared_with_it(cuda: Stage
     assert "keep_output" not in compared
 
 
+def test_without_the_difference_nothing_is_run_for_it(cuda: Stage, references: References) -> None:
+    plain, tiled = (
+        cuda.measure(case=case, references=references, settings={"difference": False})
+        for case in (case_of("fp32"), TILED)
+    )
+    assert (plain.status, plain.exactness, plain.unavailable.get("exactness")) == ("ok", None, None)
+    assert (tiled.status, tiled.exactness) == ("ok", None)
+    assert tiled.unavailable["exactness"] == "not compared (--vram-no-difference)"
+    assert len(cuda.jobs) == 2
+    assert not any("keep_output" in job or "compare_output" in job for job in cuda.jobs)
+
+
 def test_a_flag_that_claims_nothing_is_compared_all_the_same(cuda: Stage, references: References) -> None:
     cuda.measure(references=references)
     record = cuda.measure(case=case_of("fp32", "layerwise_casting"), references=references)

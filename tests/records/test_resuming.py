@@ -100,7 +100,7 @@ def made(changes: dict[str, Any]) -> Run:
     measured = record(id="sdxl/fp16/1024x1024/b1", case={"batch_size": 1, "steps": changes.get("steps", 30)})
     run = a_run([measured], complete=False)
     environment = {**run.environment, **changes.get("environment", {})}
-    options = {"workers": 1, "rounds": None, "need": True, **changes.get("options", {})}
+    options = {"workers": 1, "rounds": None, "need": True, "difference": True, **changes.get("options", {})}
     return run.model_copy(
         update={"environment": environment, "options": options, "sweep": changes.get("sweep", "default")}
     )
@@ -135,6 +135,7 @@ def test_another_environment_is_refused(key: str, old: Any, new: Any, tmp_path: 
         ({"options": {"workers": 3}}, {}, "made with workers 3, this is 1; give the same --vram-workers"),
         ({"options": {"rounds": 5}}, {}, "made with rounds 5, this is None; give the same --vram-rounds"),
         ({"options": {"need": False}}, {}, "made with need False, this is True; give the same --vram-no-need"),
+        ({"options": {"difference": False}}, {}, "difference False, this is True; give the same --vram-no-difference"),
         ({"options": {"limit_bytes": 8}}, {}, "limit_bytes 8, this is None; give the same --vram-limit"),
         ({"options": {"overrides": {"models": ["sdxl"]}}}, {}, "made with overrides {'models': ['sdxl']}, this is"),
         ({"options": {"shard": "1/2"}}, {}, "is shard 1/2; give --vram-shard 1/2, or leave"),

@@ -15,7 +15,7 @@ from pytest_vram.measure.channel import Closed, Message
 from pytest_vram.measure.conversation import Conversation, Say
 from pytest_vram.measure.drift import with_drift, without_drift
 from pytest_vram.measure.environment import without_paths
-from pytest_vram.measure.exactness import NoReference, References
+from pytest_vram.measure.exactness import NoReference, References, reference_of
 from pytest_vram.measure.forkserver import ALLOCATOR_VARIABLES, PRELOAD_ENVIRON
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
@@ -28,6 +28,7 @@ from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.records.schema import (
     CHECK_INTERRUPTED,
     EXPANDABLE_ASKS_BYTES,
+    NOT_COMPARED,
     NOT_FOR_MEMORY,
     NOT_SEARCHED,
     SEARCH_INTERRUPTED,
@@ -54,6 +55,7 @@ class Settings:
     workers: int = 1
     interval_s: float | None = MEMORY_INTERVAL_S
     need: bool = True
+    difference: bool = True
     leak_calls: int | None = None
     task: str = GENERATION
 
@@ -217,6 +219,8 @@ class CaseWorkers:
         case = self.case
         if references is None or not isinstance(case, Case):
             return None, ""
+        if not self.settings.difference:
+            return None, NOT_COMPARED if reference_of(case) else ""
         if path := references.keep(case):
             self.job["keep_output"] = str(path)
         try:

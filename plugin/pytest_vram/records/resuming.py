@@ -47,6 +47,7 @@ SAME_OPTIONS = {
     "workers": "--vram-workers",
     "rounds": "--vram-rounds",
     "need": "--vram-no-need",
+    "difference": "--vram-no-difference",
 }
 OPTION = "--vram-resume"
 ANEW = f"leave {OPTION} out to start a new run"

@@ -25,8 +25,9 @@ ASSUMED_CONTEXT_BYTES = 768 << 20
 ROUNDOFF = {"fp32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
 EXACT_WITHIN_ROUNDOFFS = 4  # of values from 0 to 1: in half precision half a level of an 8-bit image
 
-# Why a record has no need: nobody asked for it, or the search was cut short, which a resumed sweep makes up for.
+# Why a record lacks something: nobody asked for it, or it was cut short, which a resumed sweep makes up for.
 NOT_SEARCHED = "not searched (--vram-no-need)"
+NOT_COMPARED = "not compared (--vram-no-difference)"
 SEARCH_INTERRUPTED = "the search for the need was interrupted"
 CHECK_INTERRUPTED = "the leak check was interrupted"
 NOT_FOR_MEMORY = "it failed, but not for memory"
