@@ -17,6 +17,7 @@ from pytest_vram.records.schema import Record
 from pytest_vram.report.document import Cell, Table
 from pytest_vram.report.render import table_lines
 from pytest_vram.report.text import gib
+from pytest_vram.report.workloads import move_is_in_the_steps
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "models.md"
@@ -192,10 +193,10 @@ def videos(found: Records) -> str:
     for k, record in sorted(found.measured.items(), key=lambda item: (*item[0][:4], item[0][4] or 0)):
         if frames := k[4]:
             required = gib(found.needs[k].memory.required_bytes) if k in found.needs else "–"
-            full_s = record.time.full_length_s or 0
+            full_s = None if move_is_in_the_steps(record) else record.time.full_length_s
             peaks = (gib(record.phases[name].allocated_peak_bytes) for name in ("encode", "denoise", "decode"))
-            seconds = [f"{full_s:.1f}", f"{full_s / frames:.2f}", found.gpus[k]]
-            rows.append((k, [required, *seconds, " / ".join(peaks)]))
+            seconds = [f"{full_s:.1f}", f"{full_s / frames:.2f}"] if full_s else ["–", "–"]
+            rows.append((k, [required, *seconds, found.gpus[k], " / ".join(peaks)]))
     return table(["required", "s", "s a frame", "on", "allocated: encode / denoise / decode"], rows)
 
 
@@ -221,7 +222,7 @@ def at_need(old: Record, new: Record) -> str:
     """The two times of a call at need, where both took as many steps."""
     assert isinstance(old.case, Case)
     assert isinstance(new.case, Case)
-    if old.case.steps != new.case.steps:
+    if old.case.steps != new.case.steps or move_is_in_the_steps(old) or move_is_in_the_steps(new):
         return "–"
     return f"{old.time.at_need_s or 0:.2f} → {new.time.at_need_s or 0:.2f}"
 

@@ -14,7 +14,9 @@ from pytest_vram.measure.worker import Reporter
 
 MIB = 1 << 20
 ROUND = {"encode": 0.1, "denoise": 0.6, "decode": 0.3}
+STEPS = {"first": 0.3, "later": 0.15}
 SECOND_CALL = {"encode": 0.2, "denoise": 0.8, "decode": 0.4}  # of a probe
+SECOND_STEPS = {"first": 0.5, "later": 0.25}
 DIFFERENCE = {"max_abs_difference": 0.5, "mean_abs_difference": 0.001, "psnr_db": 40.0}
 
 
@@ -124,6 +126,7 @@ def generate(job: Message, reporter: Reporter) -> None:
         "rounds_wall_s": 3.0,
         "rounds": [ROUND] * 3,
         "effects": dict.fromkeys(job["case"]["optimizations"] if "case" in job else (), "applied"),
+        "steps": [STEPS] * 3,
         "denoiser_calls": 3,
         "native_denoiser_calls": 30,
         "native_steps": 25,
@@ -188,6 +191,7 @@ def generate(job: Message, reporter: Reporter) -> None:
         lost = len(reporter.ask("rounds_over")["throttled"])
         batch = min(asked + lost, asked + script.get("repeated", 0)) - done
     figures["rounds"] = [*figures["rounds"], *[ROUND] * (done - asked)]
+    figures["steps"] = [*figures["steps"], *[STEPS] * (done - asked)]
     if job.get("keep_output"):
         _keep_output(job)
     if job.get("compare_output"):
@@ -199,6 +203,7 @@ def generate(job: Message, reporter: Reporter) -> None:
 def _probe(script: dict[str, Any], cap: int | None, figures: dict[str, Any], reporter: Reporter) -> None:
     if cap is None or cap >= script.get("need_mib", 550) * MIB:
         calls = {"second_call": SECOND_CALL, "second_call_retries": 4, "denoiser_calls": 2}
+        calls |= {"second_call_steps": SECOND_STEPS}
         reporter.ask("done", **{**figures, **calls, **script.get("fits", {})})
         return
     below = script.get("below", {})

@@ -298,13 +298,26 @@ def test_a_case_on_the_gpu(cuda: Stage) -> None:
 
 def test_times_are_medians_of_the_rounds(cuda: Stage) -> None:
     rounds = [{**ROUND, "denoise": seconds} for seconds in (0.6, 0.9, 3.6)]
-    time = cuda.measure(done={"rounds": rounds}).time
+    steps = [{"first": first, "later": later} for first, later in ((0.4, 0.1), (0.5, 0.2), (0.6, 1.5))]
+    time = cuda.measure(done={"rounds": rounds, "steps": steps}).time
     assert time.workers[0].rounds_s == pytest.approx([1.0, 1.3, 4.0])
     assert time.workers[0].median_s == time.median_s == pytest.approx(1.3)
-    assert time.step_s == pytest.approx(0.3)  # 0.9 s by three calls
+    assert (time.first_step_s, time.step_s) == pytest.approx((0.5, 0.2))
     assert time.images_per_s == pytest.approx(2 / 1.3)
-    assert time.full_length_s == pytest.approx(0.1 + 30 * 0.3 + 0.3)
+    assert time.full_length_s == pytest.approx(1.3 + 27 * 0.2)  # 30 calls of the denoiser for three
     assert (time.full_length_steps, time.cold_s, time.rounds_discarded) == (25, 2.0, 0)
+
+
+def test_where_the_denoiser_ran_once_a_step_is_all_of_denoising(cuda: Stage) -> None:
+    done = {"steps": [{"first": 0.5}] * 3, "denoiser_calls": 1, "native_denoiser_calls": 4}
+    time = cuda.measure(done=done).time
+    assert (time.first_step_s, time.step_s, time.full_length_s) == pytest.approx((0.5, 0.6, 0.1 + 4 * 0.6 + 0.3))
+
+
+def test_a_call_of_fewer_steps_takes_one_step_at_least(cuda: Stage) -> None:
+    steps = [{"first": 0.1, "later": 0.4}] * 3
+    time = cuda.measure(done={"steps": steps, "native_denoiser_calls": 1}).time
+    assert time.full_length_s == pytest.approx(0.1 + 0.4 + 0.3)
 
 
 def test_compilation_is_a_phase_and_within_the_rounds_a_disturbance(cuda: Stage) -> None:
@@ -438,12 +451,12 @@ def test_with_expandable_segments_the_need_may_be_above_what_is_reserved(cuda: S
 
 def test_the_call_at_need_is_as_long_as_the_measured_one(cuda: Stage) -> None:
     record = cuda.search(done={"denoiser_calls": 5})
-    assert record.time.at_need_s == pytest.approx(0.2 + 5 * 0.8 / 2 + 0.4)  # a probe calls the denoiser twice
+    assert record.time.at_need_s == pytest.approx(1.4 + 3 * 0.25)  # a probe calls the denoiser twice
 
 
 def test_the_call_at_need_of_a_pipeline_with_no_phases(cuda: Stage) -> None:
-    whole = {"second_call": {"call": 0.7}, "denoiser_calls": 0}
-    assert cuda.search(done={"denoiser_calls": 0}, fits=whole).time.at_need_s == pytest.approx(0.7)
+    whole = {"second_call": {"call": 0.7}, "second_call_steps": {}, "denoiser_calls": 0}
+    assert cuda.search(done={"denoiser_calls": 0, "steps": [{}] * 3}, fits=whole).time.at_need_s == pytest.approx(0.7)
 
 
 def test_a_test_of_ones_own_has_a_need_and_nothing_to_compare_with(cuda: Stage, references: References) -> None:
@@ -603,7 +616,7 @@ def test_no_required_memory_where_the_context_is_not_known(server: ForkServer) -
 
 @pytest.mark.parametrize("call", [{"encode": 0.0}, {"denoise": math.nan}, {"decode": -9.0}])
 def test_a_need_with_impossible_figures_is_not_shown(cuda: Stage, call: dict[str, float]) -> None:
-    record = cuda.search(fits={"second_call": call})
+    record = cuda.search(fits={"second_call": call, "second_call_steps": {}})
     assert_no_need(record, "^impossible figures: ")
     assert record.time.median_s == pytest.approx(1.0)
 
@@ -1022,10 +1035,11 @@ def test_another_process_disturbs_whichever_worker_it_met(cuda: Stage, card: Car
 def test_throttled_rounds_are_repeated_discarded_and_counted(cuda: Stage, card: Card) -> None:
     card.throttle = lambda worker, index: ["hw_thermal_slowdown"] if index in (1, 3) else ["sw_power_cap"]
     rounds = [{**ROUND, "denoise": seconds} for seconds in (0.6, 99.0, 0.8)]
-    record = cuda.measure(done={"rounds": rounds}, repeated=3)
+    steps = [{"later": seconds} for seconds in (0.2, 30.0, 0.3)]
+    record = cuda.measure(done={"rounds": rounds, "steps": steps}, repeated=3)
     assert record.time.rounds_discarded == 2
     assert record.time.workers[0].rounds_s == pytest.approx([1.0, 1.2, 1.0])
-    assert record.time.step_s == pytest.approx(0.6 / 3)
+    assert record.time.step_s == pytest.approx(0.2)
     assert record.phases["denoise"].time_s == pytest.approx(0.6)  # without the 99
     assert [r.throttle for r in record.telemetry.rounds] == [
         ["sw_power_cap"],

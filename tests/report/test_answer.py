@@ -91,7 +91,7 @@ def test_the_verdict_the_set_what_it_requires_and_the_runs(card: str, model: str
         assert unspaced(cells["with"]) == unspaced(f"{choice.name} ({why})" if why else choice.name)
         assert cells["run"] == document.memory_tag(choice)
         whole = text.replace("\n", "")
-        assert f"{document.tags[choice.run.path]}: {choice.run.path}" in whole
+        assert f"{document.tags[choice.memory_run.path]}: {choice.memory_run.path}" in whole
         for tag in re.findall(r"\bR\d+\b", text):
             assert f"\n{tag}: " in text, "every run that is named is listed"
 

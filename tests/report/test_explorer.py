@@ -13,7 +13,7 @@ from pytest_vram.report.document import Document
 from pytest_vram.report.explorer import COLUMNS, LETTERS, explorer
 from pytest_vram.report.render import HEADS
 from pytest_vram.report.verdicts import best, judge
-from pytest_vram.report.workloads import Choice, against, frontier
+from pytest_vram.report.workloads import Choice, against, frontier, move_is_in_the_steps
 from tests.records.test_schema import BARE, FAILURE, MIB, own, record
 from tests.report.test_render import H100, a_report, a_run, estimate
 
@@ -78,6 +78,9 @@ def test_the_figures_are_those_of_the_records(made: dict[str, Any], document: Do
             assert row["required"] == pytest.approx(memory.required_bytes / GIB, abs=0.005)
         if memory.nvml_process_peak_bytes:
             assert row["shown"] == pytest.approx(memory.nvml_process_peak_bytes / GIB, abs=0.005)
+        if move_is_in_the_steps(choice.record):
+            assert row["seconds"] == (None if choice.call_s is None else round(choice.call_s, 3))
+            continue
         times = [time, *(same.time for _, same in others_of(choice, document))]
         for column, values, digits in (
             ("seconds", [time.full_length_s or time.median_s for time in times], 3),
@@ -111,9 +114,10 @@ def test_a_row_names_every_run_that_its_figures_come_from(made: dict[str, Any], 
     several = 0
     for row, choice in rows_with_choices(made, document):
         first, *others = row["runs"].split()
-        assert first == document.tags[choice.run.path], "that of its memory"
+        assert first == document.tags[choice.memory_run.path], "that of its need"
         assert len({first, *others}) == 1 + len(others)
         timed = {tag for tag, record in others_of(choice, document) if record.time.median_s is not None}
+        timed |= {document.tags[choice.run.path]}
         assert set(others) == timed - {first}
         several += len(others) > 1
     assert several > 0

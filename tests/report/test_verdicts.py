@@ -277,6 +277,27 @@ def test_what_ran_out_of_memory_under_a_limit_does_not_fit_where_there_is_no_mor
     assert best(only(evidence), card(usable), evidence).outcome == expected
 
 
+@pytest.mark.parametrize(
+    ("check", "usable", "expected"),
+    [
+        (None, 12 * GIB, "tight"),
+        (limited(12 * GIB, "ok"), 12 * GIB, "fits"),
+        (limited(12 * GIB, "ok"), 12 * GIB - 1, "tight"),
+        (limited(12 * GIB, "oom"), 12 * GIB, "no"),
+    ],
+)
+def test_an_estimate_is_trusted_where_the_case_was_seen_to_complete(
+    check: Record | None, usable: int, expected: str
+) -> None:
+    evidence = of(unsearched(need=10 * GIB), *filter(None, [check]))
+    assert best(only(evidence), card(usable), evidence).outcome == expected
+
+
+def test_of_several_limits_the_least_tells() -> None:
+    evidence = of(unsearched(need=10 * GIB), limited(12 * GIB, "ok"), limited(20 * GIB, "ok", id="b"))
+    assert [choice.completed_within for choice in evidence.measured(only(evidence))] == [12 * GIB]
+
+
 @pytest.mark.parametrize(("simulated", "expected"), [(12 * GIB, "fits"), (12 * GIB + MIB, "tight"), (None, "fits")])
 def test_a_simulation_that_asks_for_more_than_was_found_makes_it_tight(simulated: int | None, expected: str) -> None:
     found = measured(need=10 * GIB, memory={"estimated_need_bytes": simulated})
@@ -383,11 +404,34 @@ def test_of_tight_ones_the_fastest_without_room_is_taken() -> None:
             "fp16+text_encoders_dropped",
         ),
         ([measured(s, seconds=None) for s in ("fp16+tiny_vae", "fp16+sequential_offload")], "fp16+tiny_vae"),
+        (
+            [
+                measured("fp16+sequential_offload", 4 * GIB, seconds=None),
+                measured("fp16+group_offload_leaf_stream", 5 * GIB, seconds=None),
+            ],
+            "fp16+group_offload_leaf_stream",
+        ),
     ],
 )
 def test_of_those_as_fast_fewest_flags_then_least_memory_then_the_fastest(records: list[Record], expected: str) -> None:
     for order in (records, records[::-1]):
         assert taken(of(*order), card(40 * GIB)) == (expected, "fits")
+
+
+def test_of_those_as_fast_the_one_that_moves_weights_least_often_is_taken() -> None:
+    """Both have one flag, and the second requires less; its time, which the host decides, tells nothing."""
+    dropped = measured(DROPPED, 11 * GIB, 1.0)
+    offloaded = measured("fp16+group_offload_leaf_stream", 5 * GIB, 1.5)
+    assert taken(of(dropped, offloaded), card(40 * GIB)) == (DROPPED, "fits")
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(2 * SAME_TIME, "fp16"), (2 * SAME_TIME + 0.01, DROPPED)])
+def test_a_set_stands_back_for_a_part_of_it_that_is_as_fast(seconds: float, expected: str) -> None:
+    """Beside the fastest the part counts as slower; beside the set itself it does not."""
+    compiled = measured("fp16+compile", seconds=1.9)
+    assert (
+        taken(of(measured(DROPPED, 9 * GIB, 2.0), measured(seconds=seconds), compiled), card(40 * GIB))[0] == expected
+    )
 
 
 def test_what_is_no_slower_than_one_that_is_as_fast_is_as_fast() -> None:
@@ -548,6 +592,15 @@ def test_full_speed_is_within_the_noise_of_the_fastest(seconds: float, expected:
     found = recommended(only(evidence), LADDER, evidence)
     assert found is not None
     assert found.card.memory_gib == expected
+
+
+def test_recommended_leaves_the_image_alone() -> None:
+    compiled, quantized = measured("fp16+compile", 20 * GIB, 0.4), measured("fp16+int8_weight_only", 10 * GIB, 1.0)
+    evidence = of(FAST, compiled, quantized)
+    found = recommended(only(evidence), LADDER, evidence)
+    assert size_of(found) == (24, "fp16"), "although it is slower than the fastest"
+    evidence = of(compiled, quantized)
+    assert size_of(recommended(only(evidence), LADDER, evidence)) == (24, "fp16+compile"), "nothing else was tried"
 
 
 def test_recommended_is_not_tight() -> None:

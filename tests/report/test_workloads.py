@@ -192,7 +192,9 @@ def test_offloads(set_: str, offloads: bool) -> None:
         ("fp16+model_offload", 1),
         ("fp16+text_encoders_on_cpu", 1),
         ("fp16+text_encoders_dropped", 1),
-        ("fp16+group_offload_leaf_disk", 2),
+        ("fp16+group_offload_leaf_stream", 2),
+        ("fp16+group_offload_leaf_disk", 3),
+        ("fp16+vae_tiling+sequential_offload", 3),
     ],
 )
 def test_moves(set_: str, moves: int) -> None:
@@ -312,6 +314,35 @@ def test_times_are_medians_over_runs_of_the_same_software_on_such_a_gpu() -> Non
     assert found.runs == [runs[2], runs[0], runs[1]]
 
 
+def moved(seconds: float, first_s: float | None, full_s: float, names: str = "fp16+model_offload") -> Record:
+    """Two steps of a model of ten: 1 s to encode, `seconds` to denoise, 2 s to decode."""
+    phases = {"encode": {"time_s": 1.0}, "denoise": {"time_s": seconds}, "decode": {"time_s": 2.0}}
+    time = {"first_step_s": first_s, "step_s": seconds / 2, "full_length_s": full_s, "denoiser_calls": 2}
+    return measured(names, seconds=3 + seconds, time={**time, "at_need_s": 50.0}, phases=phases)
+
+
+def test_files_that_count_a_move_as_a_part_of_each_step_have_it_once_a_call() -> None:
+    plain = measured(time={"step_s": 0.5, "full_length_s": 8.0})
+    old = moved(20.0, None, 103.0)
+    call, slowdown = {}, {}
+    for kind, records in {"old": (old, plain), "alone": (old,), "new": (moved(20.0, 19.5, 27.0), plain)}.items():
+        found = choices(*records)[0]
+        call[kind], slowdown[kind] = found.call_s, found.slowdown
+    assert call == {"old": 23.0 + 8 * 0.5, "alone": None, "new": 27.0}
+    assert slowdown == {"old": None, "alone": None, "new": 50.0 / 23}
+
+
+def test_the_steps_are_as_long_whatever_the_vae_does() -> None:
+    plain = measured(time={"step_s": 0.5, "full_length_s": 8.0})
+    assert choices(moved(20.0, None, 103.0, "fp16+vae_tiling+model_offload"), plain)[0].call_s == 27.0
+    casted = moved(20.0, None, 103.0, "fp16+layerwise_casting+model_offload")
+    assert choices(casted, plain)[0].call_s is None
+
+
+def test_of_other_sets_the_full_length_stands() -> None:
+    assert choices(moved(20.0, None, 103.0, "fp16+sequential_offload"))[0].call_s == 103.0
+
+
 def test_a_pipeline_of_ones_own_has_the_times_of_its_newest_run() -> None:
     slow = own().model_copy(update={"time": timed(9.0, 9.0).time})
     [sets] = gather([run([slow]), run([own()])]).choices[workload_of(own())].values()
@@ -389,7 +420,30 @@ def test_what_failed_is_said_where_nothing_else_is_known(kind: str) -> None:
 def test_what_failed_is_not_said_where_something_is_known(kind: str, known: Record, order: int) -> None:
     evidence = gather([run([known]), run([FAILED[kind]], gpu=RTX_4090)][::order])
     assert evidence.failed == []
-    assert [found.record for found in evidence.groups(WORKLOAD)[0][1]] == [known]
+    takes_the_estimate = kind == "no need" and known.method == "estimated"
+    expected = FAILED[kind] if takes_the_estimate else known
+    assert [found.record for found in evidence.groups(WORKLOAD)[0][1]] == [expected]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_was_measured_with_no_need_takes_the_newest_estimate(order: int) -> None:
+    bare = unsearched(need=None, seconds=3.0)
+    estimates = [run([estimated(need=need * GIB)], gpu=None) for need in (8, 9)]
+    ran = run([bare, unsearched(need=None, seconds=5.0)])
+    evidence = gather([ran, *estimates] if order == 1 else [*estimates, ran])
+    [found] = evidence.measured(WORKLOAD)
+    assert (found.gpu, found.estimated, found.need_bytes) == (H100, True, 9 * GIB)
+    assert found.required_bytes == 9 * GIB + 686 * MIB, "the context that was measured"
+    assert found.call_s == 4.0
+    assert found.memory_run is estimates[1]
+    assert found.runs == [estimates[1], ran]
+    assert evidence.failed == evidence.estimated(WORKLOAD) == []
+
+
+def test_what_ran_out_of_memory_takes_no_estimate_of_another_run() -> None:
+    evidence = gather([run([estimated()], gpu=None), run([out_of_memory()], memory=None)])
+    assert evidence.measured(WORKLOAD) == []
+    assert [found.record.method for found in evidence.estimated(WORKLOAD)] == ["estimated"]
 
 
 def test_what_is_known_of_another_set_or_workload_excuses_no_failure() -> None:

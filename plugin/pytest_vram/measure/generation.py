@@ -47,8 +47,9 @@ class _Generation:
         self.phase = "load"
         self.peaks: dict[str, int] = {}
         self.marks: list[tuple[str, Any, float]] = []  # phase, the device's mark, the host's clock
-        self.last_queued: tuple[str, Any, float] | None = None
+        self.returns: list[tuple[bool, Any, float]] = []  # of the denoiser: first of a network?, and the same marks
         self.lags: list[float] = []
+        self.steps: list[dict[str, float]] = []  # of each call
         self.track_memory = True
         self.found: dict[str, Any] = {}
         self.output: Any = None
@@ -100,6 +101,7 @@ class _Generation:
         self.call(pipe, PROBE_STEPS)
         retries = self.device.totals().get("alloc_retries") or 0
         self.found["second_call"] = self.call(pipe, PROBE_STEPS)
+        self.found["second_call_steps"] = self.steps[-1]
         self.found["second_call_retries"] = (self.device.totals().get("alloc_retries") or 0) - retries
         self.found["denoiser_calls"] = self.phases.denoiser_calls
 
@@ -125,6 +127,7 @@ class _Generation:
         self.found["rounds_wall_s"] = time.perf_counter() - began
         self.found["compiled_again_s"] = compile_seconds() - compiled_s
         self.found["rounds"] = durations
+        self.found["steps"] = self.steps[-len(durations) :]
         self.found["gpu_lag_s"] = max(0.0, statistics.median(self.lags[-len(durations) :]))
         self.found["denoiser_calls"] = self.phases.denoiser_calls
         self.found["native_denoiser_calls"] = self.subject.calls_at_native_length(pipe, self.phases.denoiser_calls)
@@ -187,7 +190,7 @@ class _Generation:
 
     def call(self, pipe: Any, steps: int | None = None, keep_output: bool = False) -> dict[str, float]:
         """One call from prompts to pixels: seconds by phase."""
-        self.marks, self.last_queued = [], None
+        self.marks, self.returns = [], []
         self.device.synchronize()
         self.phases.begin()
         output = self.subject.call(pipe, self.place, steps)
@@ -200,17 +203,33 @@ class _Generation:
         for (name, begin, _), (_, end, _) in pairwise(self.marks):  # a phase may come again
             seconds[name] = seconds.get(name, 0.0) + self.device.seconds(begin, end)
         self.lags.append(self.gpu_lag())
+        self.steps.append(self.step_seconds())
         return seconds
 
     def gpu_lag(self) -> float:
         """Seconds from when the host had queued the denoiser's last call (or all there is) until the GPU came there."""
-        _, mark, at = self.last_queued or self.marks[-1]
+        _, mark, at = self.returns[-1] if self.returns else self.marks[-1]
         _, first, began = self.marks[0]
         return self.device.seconds(first, mark) - (at - began)
 
-    def queued(self) -> None:
-        """The denoiser has returned."""
-        self.last_queued = ("queued", self.device.mark(), time.perf_counter())
+    def step_seconds(self) -> dict[str, float]:
+        """Seconds of the denoiser's first call, and the mean of those after it, but for the first of another network:
+        before these an offload may move weights, once however many steps there are. What there was none of is left out.
+        """
+        begin = next((mark for name, mark, _ in self.marks if name == "denoise"), None)
+        if begin is None or not self.returns:
+            return {}
+        later = [
+            self.device.seconds(before, mark)
+            for (_, before, _), (first, mark, _) in pairwise(self.returns)
+            if not first
+        ]
+        steps = {"first": self.device.seconds(begin, self.returns[0][1])}
+        return steps | ({"later": statistics.fmean(later)} if later else {})
+
+    def queued(self, first: bool) -> None:
+        """The denoiser has returned, for the `first` time in this call or again."""
+        self.returns.append((first, self.device.mark(), time.perf_counter()))
 
     def mark(self, name: str) -> None:
         self.marks.append((name, self.device.mark(), time.perf_counter()))

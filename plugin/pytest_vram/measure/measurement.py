@@ -321,6 +321,7 @@ class CaseWorkers:
                 outcome["reserved_peak_bytes"],
                 outcome["second_call"],
                 outcome["denoiser_calls"],
+                outcome["second_call_steps"].get("later"),
                 outcome["second_call_retries"],
             )
         memory_is_why = outcome["status"] == "oom"

@@ -14,13 +14,15 @@ ALLOCATED_SPREAD = 0.03  # the same for the allocated peak, where there is no es
 
 @dataclass(frozen=True)
 class Probe:
-    """One fresh process under a cap, in bytes. `seconds` is its warm second call, phase by phase."""
+    """One fresh process under a cap, in bytes. `seconds` is its warm second call, phase by phase; `step_s` is one call
+    of the denoiser in it, but for the first."""
 
     cap: int | None
     fits: bool
     reserved_peak: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     denoiser_calls: int = 0
+    step_s: float | None = None
     retries: int | None = None
     failed_in: str | None = None
 

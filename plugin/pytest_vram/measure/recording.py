@@ -1,7 +1,7 @@
 """From what the workers of a case reported to its record."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -139,8 +139,6 @@ def with_need(record: Record, needs: Sequence[Need], machine: Machine) -> Record
     contexts = [gpu.context_bytes for gpu in record.gpus] or [record.memory.context_bytes]
     need, context = max(zip(needs, contexts, strict=True), key=lambda pair: pair[0].bytes + (pair[1] or 0))
     at = need.at
-    phase = {name: at.seconds.get(name, 0.0) for name in ("encode", "denoise", "decode", "call")}
-    step = phase["denoise"] / max(1, at.denoiser_calls)
     calls = record.time.denoiser_calls or at.denoiser_calls
     found = record.model_dump()
     found["memory"] |= {
@@ -152,7 +150,7 @@ def with_need(record: Record, needs: Sequence[Need], machine: Machine) -> Record
     for gpu, its, held in zip(found["gpus"], needs, contexts, strict=False):
         gpu |= {"need_bytes": its.bytes, "required_bytes": None if held is None else its.bytes + held}
     found["need_phase"] = need.decided_by
-    found["time"]["at_need_s"] = phase["encode"] + calls * step + phase["decode"] + phase["call"]
+    found["time"]["at_need_s"] = _of_length(at.seconds, at.step_s, at.denoiser_calls, calls)
     if context is None:
         found["unavailable"]["memory.required_bytes"] = "the context is not known"
     else:
@@ -252,23 +250,40 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
         workers.append(WorkerTime(rounds_s=seconds, median_s=statistics.median(seconds)))
     median = statistics.median(worker.median_s for worker in workers)
     phase = {name: statistics.median(r.get(name, 0.0) for r in kept_rounds) for name in ("encode", "denoise", "decode")}
-    step = phase["denoise"] / max(1, runs[-1].outcome["denoiser_calls"])
-    native_calls = runs[-1].outcome["native_denoiser_calls"]
+    calls, native_calls = (runs[-1].outcome[f"{length}denoiser_calls"] for length in ("", "native_"))
+    steps = [one for run in runs for one in run.kept_steps]
+    first, later = (_median(one[kind] for one in steps if kind in one) for kind in ("first", "later"))
     images = runs[-1].outcome["images"]
     lags = [run.outcome["gpu_lag_s"] for run in runs if "gpu_lag_s" in run.outcome]
-    full_length = None if native_calls is None else phase["encode"] + native_calls * step + phase["decode"]
+    full_length = None if native_calls is None else _of_length(phase, later, calls, native_calls)
     return Time(
         cold_s=runs[0].outcome["cold_s"],
         median_s=median,
-        step_s=step or None,
+        step_s=(later or phase["denoise"] / max(1, calls)) or None,
+        first_step_s=first or None,
         images_per_s=None if images is None else images / median,
         full_length_s=full_length,
         full_length_steps=None if full_length is None else runs[-1].outcome["native_steps"],
-        denoiser_calls=runs[-1].outcome["denoiser_calls"],
+        denoiser_calls=calls,
         gpu_lag_s=statistics.median(lags) if lags and device != "cpu" else None,
         workers=workers,
         rounds_discarded=discarded,
     )
+
+
+def _of_length(phases: Mapping[str, float], step_s: float | None, calls: int, wanted: int) -> float:
+    """Seconds of a call in which the denoiser runs `wanted` times, from the phases of one in which it ran `calls`
+    times. A step more or less is `step_s`: what an offload moves once a call is in the phase, and not in that. Where
+    the denoiser ran once it is not known apart."""
+    denoise = phases.get("denoise", 0.0)
+    step = denoise / max(1, calls) if step_s is None else step_s
+    beside = sum(phases.get(name, 0.0) for name in ("encode", "decode", "call"))
+    return beside + max(step, denoise + (wanted - calls) * step)
+
+
+def _median(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.median(known) if known else None
 
 
 def _disturbed(runs: list[WorkerRun]) -> str | None:

@@ -38,9 +38,16 @@ class WorkerRun:
     @property
     def kept(self) -> list[dict[str, float]]:
         """Its rounds, without those of a throttled GPU, unless no other is left."""
-        rounds: list[dict[str, float]] = self.outcome.get("rounds", [])
+        return self._kept(self.outcome.get("rounds", []))
+
+    @property
+    def kept_steps(self) -> list[dict[str, float]]:
+        """Seconds of the denoiser's `first` call and of a `later` one, in those rounds."""
+        return self._kept(self.outcome.get("steps", []))
+
+    def _kept(self, each: list[dict[str, float]]) -> list[dict[str, float]]:
         throttled = self.throttled
-        return [one for number, one in enumerate(rounds) if number not in throttled] or rounds
+        return [one for number, one in enumerate(each) if number not in throttled] or each
 
     @property
     def others(self) -> set[int]:

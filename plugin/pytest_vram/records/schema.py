@@ -109,9 +109,10 @@ class WorkerTime(_Part):
 
 
 class Time(_Part):
-    """Seconds of one call, prompt to pixels. `step_s` is one call of the denoiser; `full_length_s` is calculated:
-    encode + the denoiser's calls at the model's native number of steps × step + decode. So is `at_need_s`, the same
-    call as `median_s` under a cap of the need, from the phases of a warm second call of two steps.
+    """Seconds of one call, prompt to pixels. `step_s` is one call of the denoiser but for the first, `first_step_s`
+    that one: an offload moves its weights for it. Files without `first_step_s` have the mean over all of them as
+    `step_s`. `full_length_s` is calculated: the call, with as many steps more or less as the model's native number asks
+    for. So is `at_need_s`, the same call as `median_s` under a cap of the need, from a warm second call of two steps.
 
     `gpu_lag_s` is how far the GPU was behind the host when that had queued the denoiser's last call (without a
     denoiser: all of the call). Near 0 the GPU waits for the host's CPU, which then decides the time."""
@@ -119,6 +120,7 @@ class Time(_Part):
     cold_s: Seconds | None = None
     median_s: Seconds | None = None
     step_s: Seconds | None = None
+    first_step_s: Seconds | None = None
     images_per_s: float | None = Field(default=None, gt=0)
     at_need_s: Seconds | None = None
     full_length_s: Seconds | None = None

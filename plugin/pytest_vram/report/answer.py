@@ -58,7 +58,7 @@ def answer(document: Document, model: str | None, card: Card | None) -> str:
         judged = [(lead, best(lead, one, document.evidence)) for lead in leads for one in document.headline]
     console.print(_table(judged, document, card_column=card is None))
     verdicts = [verdict for _, verdict in judged]
-    used = dict.fromkeys(verdict.choice.run.path for verdict in verdicts)
+    used = dict.fromkeys(verdict.choice.memory_run.path for verdict in verdicts)
     for name in models[:10]:
         lead = document.leads[name]
         found = [one(lead, document.cards, document.evidence) for one in (minimum, recommended)]

@@ -461,7 +461,7 @@ def _full_length_phases(choice: Choice) -> dict[str, float]:
     """Seconds of each phase of a call with the native number of steps; load and compilation are none of them."""
     costs = choice.record.phases.items()
     seconds = {str(name): cost.time_s or 0.0 for name, cost in costs if name not in ("load", "compile")}
-    full = choice.record.time.full_length_s
+    full = choice.own_call_s
     if full and "denoise" in seconds:
         seconds["denoise"] = max(0.0, full - sum(s for name, s in seconds.items() if name != "denoise"))
     return seconds

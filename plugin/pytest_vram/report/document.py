@@ -129,7 +129,7 @@ class Document:
 
     def memory_tag(self, *choices: Choice) -> str:
         """The runs that the memory of choices comes from, each once."""
-        return " ".join(dict.fromkeys(self.tags[choice.run.path] for choice in choices))
+        return " ".join(dict.fromkeys(self.tags[choice.memory_run.path] for choice in choices))
 
     def name(self, workload: Workload) -> str:
         """The model with its aliases; of a pipeline of one's own the test's file."""

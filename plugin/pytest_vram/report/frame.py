@@ -64,7 +64,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "need_phase": (TEXT, "where a process with a little less than the need runs out of memory"),
     "cold_s": (REAL, "seconds of the first call in a process"),
     "median_s": (REAL, "seconds of a call, median over all rounds"),
-    "step_s": (REAL, "seconds of one call of the denoiser"),
+    "step_s": (REAL, "seconds of one call of the denoiser, but for the first"),
+    "first_step_s": (REAL, "seconds of the denoiser's first call, for which an offload moves its weights"),
     "images_per_s": (REAL, "images (or videos) a second"),
     "frame_s": (REAL, "seconds of a call for each frame of each video"),
     "at_need_s": (REAL, "seconds of the same call with no more memory than required"),
@@ -98,7 +99,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 _ENVIRONMENT = ("gpu", "driver", "torch", "diffusers", "commit", "dirty")
-_TIME = ("cold_s", "median_s", "step_s", "images_per_s", "at_need_s", "full_length_s", "full_length_steps")
+_CALL = ("cold_s", "median_s", "step_s", "first_step_s", "images_per_s", "at_need_s")
+_TIME = (*_CALL, "full_length_s", "full_length_steps")
 
 
 def load(paths: str | Path | Iterable[str | Path]) -> "pd.DataFrame":

@@ -7,8 +7,8 @@ The rule, for a need that was measured on one GPU and a card that is another:
   the cards with more of them than the H100 that was measured have 32 GiB and more, of which 5 % are more than that.
 - A card gives what PyTorch sees of its memory, less what a desktop holds.
 - Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
-  room that there was when that time was taken). A simulated need must leave another 10 % of itself free: the worst
-  estimate was 8 % below what was measured.
+  room that there was when that time was taken). A simulated need must leave another 10 % of itself free (the worst
+  estimate was 8 % below what was measured), unless the case was seen to complete under a limit of no more.
 - Fits tightly: it fits into what the card gives, with less room than that; or with less than the simulation asks for,
   where that is more than was found: which of two holes a tensor gets hangs on the addresses that the driver gives, and
   then the simulation took the other. Near the need a program can run out of memory under one cap that it completes
@@ -87,7 +87,8 @@ def judge(choice: Choice, card: Card) -> Verdict:
     if room < FREE_SHARE * usable:
         return Verdict("tight", choice, card, required, f"under {FREE_SHARE * 100:.0f} % free")
     if choice.estimated:
-        short = room < FREE_SHARE * usable + ESTIMATE_SHARE * need
+        seen = choice.completed_within is not None and choice.completed_within <= usable
+        short = not seen and room < FREE_SHARE * usable + ESTIMATE_SHARE * need
         outcome: Outcome = "tight" if short else "fits"
         return Verdict(outcome, choice, card, required, "within the estimate's error" if short else "")
     if (choice.record.memory.estimated_need_bytes or 0) + context > usable:
@@ -98,21 +99,23 @@ def judge(choice: Choice, card: Card) -> Verdict:
     return Verdict("fits", choice, card, required)
 
 
-def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
-    """The choice to take for a workload on a card, with its verdict.
+def best(workload: Workload, card: Card, evidence: Evidence, *, exact: bool = False) -> Verdict:
+    """The choice to take for a workload on a card, with its verdict; with `exact` one that leaves the image as it is,
+    where there is any.
 
     What was measured on the card itself comes first, then each other GPU, the one that measured most before the others
     and those that searched no need last, then what was estimated. Of one of these, what fits comes before what fits
     tightly, and then the fastest wins. Of those within `same_time` of the fastest, and of what is no slower than one of
-    them, a set that leaves the image alone comes first, then the one with fewest flags, then the one that requires
-    least. A set with a flag that was seen to change nothing stands back for the set without it. Where nothing runs, a
-    choice for more of the same (a larger size or batch) is taken if that runs: it has room for this.
+    them, a set that leaves the image alone comes first, then the one that moves weights least often, then the one with
+    fewest flags, then the one that requires least; and it stands back for a part of its own flags that is within
+    `same_time` of it. A set with a flag that was seen to change nothing stands back for the set without it. Where
+    nothing runs, a choice for more of the same (a larger size or batch) is taken if that runs: it has room for this.
     """
-    on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability), {})
+    on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability, exact), {})
     for one in (workload, *evidence.larger(workload)):
         verdict = on_card.get(one)
         if verdict is None:
-            verdict = on_card[one] = _of_its_own(one, card, evidence)
+            verdict = on_card[one] = _of_its_own(one, card, evidence, exact)
         if verdict.outcome in RUNS:
             break
     else:
@@ -121,11 +124,11 @@ def best(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
     return found
 
 
-def _of_its_own(workload: Workload, card: Card, evidence: Evidence) -> Verdict:
+def _of_its_own(workload: Workload, card: Card, evidence: Evidence, exact: bool) -> Verdict:
     """The verdict from the choices of this workload alone."""
     judged: list[Verdict] = []
     for choices in _in_order(workload, card, evidence):
-        verdicts = [judge(choice, card) for choice in choices]
+        verdicts = [judge(choice, card) for choice in choices if not (exact and choice.changes_image)]
         for outcome in RUNS:
             if found := [verdict for verdict in verdicts if verdict.outcome == outcome]:
                 return _fastest(found)
@@ -156,16 +159,19 @@ def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
     def seconds(verdict: Verdict) -> float:
         return verdict.call_s or float("inf")
 
-    def cost(verdict: Verdict) -> tuple[int, bool, int, int, float]:
+    def cost(verdict: Verdict) -> tuple[int, bool, int, int, int, float]:
         choice, changes = verdict.choice, verdict.choice.changes_image
         # where no time tells what a set costs: to change the image is as bad as to move weights once a call
-        moves = max(choice.moves, int(changes)) if seconds(verdict) == float("inf") else 0
-        return moves, changes, len(choice.flags), verdict.required_bytes or 0, seconds(verdict)
+        untimed = max(choice.moves, int(changes)) if seconds(verdict) == float("inf") else 0
+        return untimed, changes, choice.moves, len(choice.flags), verdict.required_bytes or 0, seconds(verdict)
 
-    first = min(verdicts, key=seconds)
-    as_fast = [v for v in verdicts if seconds(v) <= same_time(v.choice, first.choice) * seconds(first)]
-    slowest_s = max(map(seconds, as_fast))
-    return min((verdict for verdict in verdicts if seconds(verdict) <= slowest_s), key=cost)
+    def as_fast_as(first: Verdict, among: Iterable[Verdict]) -> list[Verdict]:
+        return [v for v in among if seconds(v) <= same_time(v.choice, first.choice) * seconds(first)]
+
+    slowest_s = max(map(seconds, as_fast_as(min(verdicts, key=seconds), verdicts)))
+    found = min((verdict for verdict in verdicts if seconds(verdict) <= slowest_s), key=cost)
+    parts = (v for v in verdicts if set(v.choice.optimizations) < set(found.choice.optimizations))
+    return min(as_fast_as(found, parts), key=cost, default=found)
 
 
 def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
@@ -174,14 +180,17 @@ def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Ve
 
 
 def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
-    """The verdict on the smallest card that runs the workload comfortably: it fits, and at full speed.
+    """The verdict on the smallest card that runs the workload comfortably: it fits, at full speed, and leaves the image
+    as it is.
 
-    Full speed is within `same_time` of the fastest choice that any card runs, as timed on the same GPU. Of an estimate
-    there is no time: there it is a choice whose weights are all on the GPU.
+    Full speed is within `same_time` of the fastest choice that any card runs and that leaves the image alone, as timed
+    on the same GPU. Of an estimate there is no time: there it is a choice whose weights are all on the GPU. Where every
+    choice changes the image, each may.
     """
+    may_change = all(choice.changes_image for choice in evidence.tried(workload))
 
     def comfortable(verdict: Verdict) -> bool:
-        if verdict.outcome != "fits":
+        if verdict.outcome != "fits" or (verdict.choice.changes_image and not may_change):
             return False
         if verdict.call_s is None:
             return not verdict.choice.moves
@@ -191,10 +200,11 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
     fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
     for choices in evidence.by_gpu(workload):
         for choice in for_one_gpu(choices):
-            if choice.call_s is not None and any(judge(choice, card).runs for card in cards):
+            counts = may_change or not choice.changes_image
+            if counts and choice.call_s is not None and any(judge(choice, card).runs for card in cards):
                 key = choice.gpu_key
                 fastest[key] = min(choice, fastest.get(key, choice), key=lambda one: one.call_s or 0)
-    return _smallest(cards, lambda card: best(workload, card, evidence), comfortable)
+    return _smallest(cards, lambda card: best(workload, card, evidence, exact=not may_change), comfortable)
 
 
 def _smallest(

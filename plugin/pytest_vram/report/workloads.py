@@ -11,7 +11,7 @@ from pytest_vram.cases.models import Model
 from pytest_vram.compare.timing import host_bound
 from pytest_vram.pipelines.optimizations import OPTIMIZATIONS
 from pytest_vram.records.reading import ReadRun
-from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, GpuMemory, Record, Time
+from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, GpuMemory, Phase, Record
 from pytest_vram.report.text import gib
 
 # How much the time of one case differs from run to run. Of the cases that results/ has several times and whose time the
@@ -19,6 +19,8 @@ from pytest_vram.report.text import gib
 # the GPU decides, within 1.02. The needs are the same to 0.2 %.
 SAME_TIME = 2.0
 SAME_GPU_TIME = 1.1
+MOVES_ONCE = "model_offload"  # brings the denoiser once a call
+_OF_A_CALL: tuple[Phase, ...] = ("encode", "denoise", "decode")
 MOST_LARGER = 200  # looked at for each workload; few models have so many
 UNNAMED = "a GPU that its run does not name"
 GpuKey = tuple[str, int] | None  # name and GiB, since variants share a name; None: estimated with no GPU
@@ -75,7 +77,9 @@ class Choice:
 
     `timed` are other runs of the same on such a GPU with the same software: one call differs much more from run to run
     than memory does, so times are medians over all of them. `ran_out_bytes` is the largest cap on the allocator under
-    which the case was seen to run out of memory.
+    which the case was seen to run out of memory, `completed_within` the least limit, context included, under which it
+    was seen to complete. `simulated` is an estimate of the same, of another run: where a record was measured without
+    its need, and without an estimate of its own. `unmoved` is the set without model offload, where this one has it.
     """
 
     workload: Workload
@@ -83,6 +87,9 @@ class Choice:
     run: ReadRun
     timed: "tuple[Choice, ...]" = ()
     ran_out_bytes: int = 0
+    completed_within: int | None = None
+    simulated: "Choice | None" = None
+    unmoved: "Choice | None" = None
 
     @cached_property
     def optimizations(self) -> tuple[str, ...]:
@@ -111,15 +118,17 @@ class Choice:
     @cached_property
     def estimated(self) -> bool:
         """Whether the need was simulated and not searched."""
-        memory = self.record.memory
-        only_simulated = memory.need_bytes is None and memory.estimated_need_bytes is not None
+        only_simulated = self.record.memory.need_bytes is None and self._simulated_need_bytes is not None
         return self.record.method == "estimated" or only_simulated
+
+    @property
+    def _simulated_need_bytes(self) -> int | None:
+        return (self.simulated or self).record.memory.estimated_need_bytes
 
     @cached_property
     def need_bytes(self) -> int | None:
         """The need, searched or else simulated; None where it was more than the GPU has, and never simulated."""
-        memory = self.record.memory
-        return memory.estimated_need_bytes if self.estimated else memory.need_bytes
+        return self._simulated_need_bytes if self.estimated else self.record.memory.need_bytes
 
     @cached_property
     def required_bytes(self) -> int | None:
@@ -137,23 +146,39 @@ class Choice:
     @cached_property
     def call_s(self) -> float | None:
         """Seconds of one call with the model's native number of steps, with room; of one's own pipeline as it is."""
-        return _median(time.full_length_s or time.median_s for time in self._times)
+        return _median(self._length_s(choice.record) for choice in (self, *self.timed))
+
+    @property
+    def own_call_s(self) -> float | None:
+        """The same, of its own record alone."""
+        return self._length_s(self.record)
+
+    def _length_s(self, record: Record) -> float | None:
+        time, unmoved = record.time, self.unmoved
+        if time.full_length_s is None or not move_is_in_the_steps(record):
+            return time.full_length_s or time.median_s
+        if unmoved is None or time.median_s is None or time.step_s is None:
+            return None
+        step_s = _median(choice.record.time.step_s for choice in (unmoved, *unmoved.timed))
+        timed_s = sum(record.phases[name].time_s or 0.0 for name in _OF_A_CALL if name in record.phases)
+        return step_s and time.median_s + round((time.full_length_s - timed_s) / time.step_s) * step_s
 
     @cached_property
     def slowdown(self) -> float | None:
         """The time of a call with no more memory than required, over its time with room."""
-        known = ((time.at_need_s, time.median_s) for time in self._times)
-        return _median(at_need / median if at_need and median else None for at_need, median in known)
+        times = [c.record.time for c in (self, *self.timed) if not move_is_in_the_steps(c.record)]
+        return _median(time.at_need_s / time.median_s for time in times if time.at_need_s and time.median_s)
+
+    @property
+    def memory_run(self) -> ReadRun:
+        """The run that its need comes from."""
+        return (self.simulated or self).run
 
     @property
     def runs(self) -> list[ReadRun]:
-        """The runs that its figures come from: that of its memory first."""
+        """The runs that its figures come from: that of its need first."""
         others = [choice.run for choice in self.timed if choice.record.time.median_s is not None]
-        return list(dict.fromkeys((self.run, *others)))
-
-    @property
-    def _times(self) -> list[Time]:
-        return [choice.record.time for choice in (self, *self.timed)]
+        return list(dict.fromkeys((self.memory_run, self.run, *others)))
 
     @property
     def offloads(self) -> bool:
@@ -162,10 +187,14 @@ class Choice:
 
     @property
     def moves(self) -> int:
-        """How often weights that wait in host memory are used: 0 never, 1 once a call (or prompt), 2 in each step."""
+        """How often weights that wait in host memory are used: 0 never, 1 once a call (or prompt), 2 in each step, on a
+        stream of their own, 3 in each step, and the GPU waits for them: such calls took 3 to 8 times as long, of the
+        four models that were measured with both."""
         in_each_step = any(name.startswith(("sequential_", "group_")) for name in self.optimizations)
         encoders = any(name.startswith("text_encoders_") for name in self.optimizations)
-        return 2 if self.offloads and in_each_step else int(self.offloads or encoders)
+        if self.offloads and in_each_step:
+            return 2 if any(name.endswith("_stream") for name in self.optimizations) else 3
+        return int(self.offloads or encoders)
 
     @property
     def changes_image(self) -> bool:
@@ -340,11 +369,13 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     """The evidence of these runs, oldest first.
 
     Where several records speak of the same set on such a GPU, a searched need beats a simulated one, that one beats
-    none, and among equals the newest wins.
+    none, and among equals the newest wins. What was measured with no need, neither searched nor simulated, takes the
+    newest estimate of the same.
     """
     found: dict[Workload, dict[GpuKey, dict[tuple[str, ...], list[Choice]]]] = {}
     checks, failed = [], []
     ran_out: dict[tuple[Workload, tuple[str, ...]], int] = {}
+    completed: dict[tuple[Workload, tuple[str, ...]], int] = {}
     aliases: dict[str, Sequence[str]] = {}
     for run in runs:
         aliases |= run.run.aliases
@@ -357,10 +388,11 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
                 failed.append(choice)
             elif limited:
                 checks.append(choice)
+                key, limit = (choice.workload, choice.optimizations), record.case.limit_bytes or 0
                 if record.status == "oom":
-                    cap = (record.case.limit_bytes or 0) - (record.memory.context_bytes or 0)
-                    key = choice.workload, choice.optimizations
-                    ran_out[key] = max(cap, ran_out.get(key, 0))
+                    ran_out[key] = max(limit - (record.memory.context_bytes or 0), ran_out.get(key, 0))
+                else:
+                    completed[key] = min(limit, completed.get(key, limit))
             else:
                 sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
                 sets.setdefault(choice.optimizations, []).append(choice)
@@ -370,10 +402,22 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
             chosen: dict[tuple[str, ...], Choice] = {}
             for names, several in sets.items():
                 speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
+                if not speak and (estimates := by_gpu.get(None, {}).get(names)):
+                    ran = [choice for choice in several if choice.record.status == "ok"]
+                    speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
                 if speak:
-                    chosen[names] = _chosen(speak, several, ran_out.get((workload, names), 0))
+                    chosen[names] = replace(
+                        _chosen(speak, several),
+                        ran_out_bytes=ran_out.get((workload, names), 0),
+                        completed_within=completed.get((workload, names)),
+                    )
                 else:
-                    failed += several  # measured with no need, neither searched nor simulated
+                    failed += several
+            for names, choice in chosen.items():
+                if MOVES_ONCE in names:
+                    rest = tuple(name for name in names if name != MOVES_ONCE)
+                    denoiser = tuple(name for name in rest if not name.startswith("vae_"))  # steps as long as those
+                    chosen[names] = replace(choice, unmoved=chosen.get(rest) or chosen.get(denoiser))
             if chosen:
                 choices.setdefault(workload, {})[gpu] = chosen
     unknown: dict[str, Choice] = {}
@@ -384,12 +428,17 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     return Evidence(runs, choices, checks, list(unknown.values()), aliases)
 
 
-def _chosen(speak: Sequence[Choice], several: Sequence[Choice], ran_out_bytes: int) -> Choice:
+def _chosen(speak: Sequence[Choice], several: Sequence[Choice]) -> Choice:
     """Of the records of one set on one GPU, oldest first: the best of those that `speak`, with the times of all."""
     best = max(reversed(speak), key=lambda choice: (choice.need_bytes is not None, not choice.estimated))
     own = isinstance(best.record.case, OwnCase)  # whose code may have changed since
     others = [c for c in several if c is not best and not own and _software(c) == _software(best)]
-    return replace(best, timed=tuple(others), ran_out_bytes=ran_out_bytes)
+    return replace(best, timed=tuple(others))
+
+
+def move_is_in_the_steps(record: Record) -> bool:
+    """Whether the record counts what it moves once a call as a part of each step: the first files did."""
+    return MOVES_ONCE in record.case.optimizations and record.time.first_step_s is None
 
 
 def _software(choice: Choice) -> tuple[object, ...]:
