@@ -10,7 +10,7 @@ from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Memory, Record
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.verdicts import WORDS, Verdict, best, judge, largest, minimum, recommended
-from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, gather, workload_of
+from pytest_vram.report.workloads import SAME_GPU_TIME, SAME_TIME, Choice, Evidence, Workload, gather, workload_of
 from tests.records.test_schema import MIB, own
 from tests.report.test_workloads import (
     H100,
@@ -589,6 +589,14 @@ def test_recommended_fits_and_runs_at_full_speed() -> None:
 @pytest.mark.parametrize(("seconds", "expected"), [(SAME_TIME, 16), (SAME_TIME + 0.01, 24)])
 def test_full_speed_is_within_the_noise_of_the_fastest(seconds: float, expected: int) -> None:
     evidence = of(FAST, measured("fp16+vae_tiling", 12 * GIB, seconds))
+    found = recommended(only(evidence), LADDER, evidence)
+    assert found is not None
+    assert found.card.memory_gib == expected
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(SAME_GPU_TIME, 16), (SAME_GPU_TIME + 0.01, 24)])
+def test_what_moves_weights_is_at_full_speed_only_where_that_is_sure(seconds: float, expected: int) -> None:
+    evidence = of(FAST, measured("fp16+model_offload", 12 * GIB, seconds))
     found = recommended(only(evidence), LADDER, evidence)
     assert found is not None
     assert found.card.memory_gib == expected

@@ -24,7 +24,7 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.workloads import Choice, Evidence, GpuKey, Workload, for_one_gpu, same_time
+from pytest_vram.report.workloads import SAME_GPU_TIME, Choice, Evidence, GpuKey, Workload, for_one_gpu, same_time
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
 ESTIMATE_SHARE = 0.10  # of a simulated need
@@ -184,8 +184,9 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
     as it is.
 
     Full speed is within `same_time` of the fastest choice that any card runs and that leaves the image alone, as timed
-    on the same GPU. Of an estimate there is no time: there it is a choice whose weights are all on the GPU. Where every
-    choice changes the image, each may.
+    on the same GPU. What moves weights is never faster than what does not, so that its time is no matter of luck: it is
+    at full speed within `SAME_GPU_TIME`. Of an estimate there is no time: there it is a choice whose weights are all on
+    the GPU. Where every choice changes the image, each may.
     """
     may_change = all(choice.changes_image for choice in evidence.tried(workload))
 
@@ -195,7 +196,8 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
         if verdict.call_s is None:
             return not verdict.choice.moves
         first = fastest.get(verdict.choice.gpu_key, verdict.choice)
-        return verdict.call_s <= same_time(verdict.choice, first) * (first.call_s or verdict.call_s)
+        factor = SAME_GPU_TIME if verdict.choice.moves else same_time(verdict.choice, first)
+        return verdict.call_s <= factor * (first.call_s or verdict.call_s)
 
     fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
     for choices in evidence.by_gpu(workload):
