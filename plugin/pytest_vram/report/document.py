@@ -69,11 +69,14 @@ METHOD = {
     "Other cards": "the context counts as it was measured, but as no less than "
     f"{ASSUMED_CONTEXT_BYTES >> 20} MiB, and {FREE_SHARE * 100:.0f} % of what the card gives must stay free. "
     "Without CUDA (Radeon, Arc) only the memory is judged.",
-    "Estimated": f"the need as simulated with no GPU; another {ESTIMATE_SHARE * 100:.0f} % of it must stay free.",
+    "Estimated": f"the need as simulated with no GPU; another {ESTIMATE_SHARE * 100:.0f} % of it must stay free, but "
+    "where the case was seen to complete under a limit of no more.",
     "Seconds": "medians over all runs of the same software on such a GPU; the first run named is that of the memory. A "
     f"call of the same differs by up to {SAME_TIME:g} times from run to run where the host's CPU decides, and by less "
-    f"than {SAME_GPU_TIME:g} where the GPU does: of the sets that fit and are closer than that to the fastest, the one "
-    "with fewest flags is taken, then the one that requires least.",
+    f"than {SAME_GPU_TIME:g} where the GPU does: of the sets that fit and are closer than that to the fastest, one "
+    "that leaves the image alone is taken, then the one that moves weights least often, then the one with fewest "
+    "flags, then the one that requires least.",
+    "Recommended": "the smallest card that runs, at full speed, a set that leaves the image alone.",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
     "Host, disk": "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in "
     "the dtype they run in, without what else a repository holds.",

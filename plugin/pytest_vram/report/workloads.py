@@ -243,7 +243,9 @@ class Choice:
     def remark(self) -> str:
         """What a person should know before taking it."""
         each = " + ".join(gib(gpu.required_bytes) for gpu in self.gpus)
-        remarks = [f"{len(self.gpus)} GPUs: {each}"] if each else []
+        limit = self.record.case.limit_bytes
+        remarks = [f"under a limit of {gib(limit)}"] if limit else []
+        remarks += [f"{len(self.gpus)} GPUs: {each}"] if each else []
         remarks += [f"no effect: {', '.join(self.no_effect)}"] if self.no_effect else []
         remarks += ["the load decides"] if self._load_decides else []
         remarks += ["not exact"] if self.record.exact is False else []
@@ -370,7 +372,7 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
 
     Where several records speak of the same set on such a GPU, a searched need beats a simulated one, that one beats
     none, and among equals the newest wins. What was measured with no need, neither searched nor simulated, takes the
-    newest estimate of the same.
+    newest estimate of the same; so does what ran on such a GPU under a limit alone.
     """
     found: dict[Workload, dict[GpuKey, dict[tuple[str, ...], list[Choice]]]] = {}
     checks, failed = [], []
@@ -396,6 +398,10 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
             else:
                 sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
                 sets.setdefault(choice.optimizations, []).append(choice)
+    for check in checks:
+        by_gpu = found.get(check.workload, {})
+        if check.record.status == "ok" and check.optimizations in by_gpu.get(None, {}):
+            by_gpu.setdefault(check.gpu_key, {}).setdefault(check.optimizations, [check])
     choices: dict[Workload, dict[GpuKey, Sets]] = {}
     for workload, by_gpu in sorted(found.items()):
         for gpu, sets in by_gpu.items():
