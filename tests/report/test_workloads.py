@@ -440,6 +440,33 @@ def test_what_was_measured_with_no_need_takes_the_newest_estimate(order: int) ->
     assert evidence.failed == evidence.estimated(WORKLOAD) == []
 
 
+def checked(**changes: Any) -> Record:
+    """The plain case, with no need, under a limit of 12 GiB."""
+    return unsearched(need=None, seconds=3.0, case={"limit_bytes": 12 * GIB}, **changes)
+
+
+def test_what_ran_under_a_limit_alone_is_a_choice_where_it_has_an_estimate() -> None:
+    evidence = gather([run([checked()]), run([estimated(need=9 * GIB)], gpu=None)])
+    [found] = evidence.measured(WORKLOAD)
+    assert (found.gpu, found.need_bytes, found.call_s, found.completed_within) == (H100, 9 * GIB, 3.0, 12 * GIB)
+    assert found.remark == "under a limit of 12.00"
+    assert len(evidence.checks) == 1
+    assert evidence.failed == []
+
+
+@pytest.mark.parametrize("known", [measured(), unsearched()])
+def test_what_ran_with_room_speaks_and_not_what_ran_under_a_limit(known: Record) -> None:
+    evidence = gather([run([known, checked()]), run([estimated(need=9 * GIB)], gpu=None)])
+    assert [choice.record for choice in evidence.measured(WORKLOAD)] == [known]
+
+
+@pytest.mark.parametrize("check", [checked(), out_of_memory(case={"limit_bytes": 12 * GIB})])
+def test_a_limit_alone_is_no_choice(check: Record) -> None:
+    assert gather([run([check])]).choices == {}
+    if check.status == "oom":
+        assert gather([run([check]), run([estimated()], gpu=None)]).measured(WORKLOAD) == []
+
+
 def test_what_ran_out_of_memory_takes_no_estimate_of_another_run() -> None:
     evidence = gather([run([estimated()], gpu=None), run([out_of_memory()], memory=None)])
     assert evidence.measured(WORKLOAD) == []
