@@ -641,6 +641,13 @@ def test_estimates_and_idle_flags_are_not_on_the_frontier() -> None:
     assert names(frontier(choices(*records))) == ["fp16"]
 
 
+@pytest.mark.parametrize(("more", "expected"), [(64 * MIB, ["b"]), (65 * MIB, ["a", "b"])])
+def test_needs_closer_than_they_are_known_are_one(more: int, expected: list[str]) -> None:
+    tolerance = {"memory": {"need_tolerance_bytes": 64 * MIB}}
+    slow, fast = measured("a", 10 * GIB, 9.0, **tolerance), measured("b", 10 * GIB + more, 1.0, **tolerance)
+    assert names(frontier(choices(slow, fast))) == expected
+
+
 def test_what_is_not_on_the_frontier_is_beaten_by_something_that_is() -> None:
     needs, times = (4, 7, 11, 13), (1.0, 1.1, 1.3, 1.7, 3.0)
     points = [(f"s{need}_{n}", need, times[(need * (n + 3)) % 5]) for need in needs for n in range(3)]

@@ -525,11 +525,15 @@ def same_time(*choices: Choice) -> float:
 
 def frontier(choices: Sequence[Choice]) -> list[Choice]:
     """Those that buy something, least memory first: each is faster than all that require less, by more than identical
-    work was seen to differ."""
+    work was seen to differ, and those require less by more than the needs are known to."""
     found: list[Choice] = []
     figures = [(c.required_bytes, c.call_s, c) for c in for_one_gpu(choices) if not c.estimated]
     known = [(required, seconds, c) for required, seconds, c in figures if required and seconds]
-    for _, seconds, choice in sorted(known, key=lambda known: known[:2]):
+    for required, seconds, choice in sorted(known, key=lambda known: known[:2]):
         if not found or seconds * same_time(choice, found[-1]) < (found[-1].call_s or 0):
+            while found and required - (found[-1].required_bytes or 0) <= (
+                choice.record.memory.need_tolerance_bytes or 0
+            ):
+                found.pop()
             found.append(choice)
     return found
