@@ -359,7 +359,8 @@ def test_a_gpu_that_waits_for_the_host(time: dict[str, Any], expected: bool | No
 @pytest.mark.parametrize(("first_s", "expected"), [(None, False), (0.25, False), (0.35, False), (0.36, True)])
 def test_the_host_decides_where_weights_are_moved_for_the_first_step(first_s: float | None, expected: bool) -> None:
     time = {"gpu_lag_s": 1.0, "step_s": 0.25, "first_step_s": first_s}
-    assert host_bound(timed(2.0, time=time)) is expected
+    assert host_bound(timed(2.0, time=time, case={"optimizations": ["fp16", "model_offload"]})) is expected
+    assert host_bound(timed(2.0, time=time, case={"optimizations": ["fp16", "cache_faster"]})) is False
 
 
 @pytest.mark.parametrize("bound", ["base", "head"])

@@ -314,6 +314,21 @@ def test_where_the_denoiser_ran_once_a_step_is_all_of_denoising(cuda: Stage) -> 
     assert (time.first_step_s, time.step_s, time.full_length_s) == pytest.approx((0.5, 0.6, 0.1 + 4 * 0.6 + 0.3))
 
 
+def test_where_an_offloaded_denoiser_ran_once_its_step_is_not_known(cuda: Stage) -> None:
+    done = {"steps": [{"first": 0.5}] * 3, "denoiser_calls": 1, "native_denoiser_calls": 4}
+    offloaded = case_of("fp32", "model_offload")
+    record = cuda.measure(done=done, case=offloaded)
+    assert (record.time.first_step_s, record.time.step_s, record.time.full_length_s) == (0.5, None, None)
+    reasons = {record.unavailable[f"time.{name}"] for name in ("step_s", "full_length_s")}
+    assert reasons == {"the denoiser ran once: what an offload moves for it is not known apart from the step"}
+    once = cuda.measure(done={**done, "native_denoiser_calls": 1}, case=offloaded)
+    assert once.time.full_length_s == once.time.median_s == pytest.approx(1.0)
+    probed = {"second_call_steps": {"first": 0.5}}
+    searched = cuda.search(done={**done, "denoiser_calls": 3}, fits=probed, case=offloaded)
+    assert (searched.time.at_need_s, searched.unavailable["time.at_need_s"]) == (None, *reasons)
+    assert searched.memory.need_bytes
+
+
 def test_a_call_of_fewer_steps_takes_one_step_at_least(cuda: Stage) -> None:
     steps = [{"first": 0.1, "later": 0.4}] * 3
     time = cuda.measure(done={"steps": steps, "native_denoiser_calls": 1}).time

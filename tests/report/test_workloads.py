@@ -330,6 +330,11 @@ def test_files_that_count_a_move_as_a_part_of_each_step_have_it_once_a_call() ->
         call[kind], slowdown[kind] = found.call_s, found.slowdown
     assert call == {"old": 23.0 + 8 * 0.5, "alone": None, "new": 27.0}
     assert slowdown == {"old": None, "alone": None, "new": 50.0 / 23}
+    first, second = run([old]), run([plain])
+    offloaded, _ = gather([first, second]).measured(WORKLOAD)
+    assert offloaded.runs == [first, second], "the steps are of the second"
+    bare = old.model_copy(update={"phases": {}})
+    assert choices(bare, plain)[0].call_s is None
 
 
 def test_the_steps_are_as_long_whatever_the_vae_does() -> None:
@@ -465,6 +470,28 @@ def test_a_limit_alone_is_no_choice(check: Record) -> None:
     assert gather([run([check])]).choices == {}
     if check.status == "oom":
         assert gather([run([check]), run([estimated()], gpu=None)]).measured(WORKLOAD) == []
+
+
+def test_of_several_limits_the_widest_and_newest_speaks() -> None:
+    def within(limit: int, seconds: float, id: str) -> Record:
+        return unsearched(seconds=seconds, case={"limit_bytes": limit * GIB}, id=id)
+
+    evidence = gather([run([within(24, 2.0, "a"), within(24, 3.0, "b"), within(20, 9.0, "c")])])
+    [found] = evidence.measured(WORKLOAD)
+    assert (found.record.id, found.call_s, found.completed_within, found.timed) == ("b", 3.0, 20 * GIB, ())
+
+
+def test_a_gpu_with_checks_alone_does_not_come_before_one_that_searched_needs() -> None:
+    checks = [unsearched(names, case={"limit_bytes": 12 * GIB}) for names in ("fp16", "bf16", "fp32")]
+    evidence = gather([run([measured()]), run(checks, gpu=RTX_4090)])
+    assert [found.gpu for found in evidence.measured(WORKLOAD)] == [H100]
+    assert evidence.speaks_of(evidence.checks[0]) is evidence.measured(WORKLOAD)[0]
+
+
+def test_what_ran_on_the_host_takes_no_estimate() -> None:
+    evidence = gather([run([unsearched(need=None)], gpu=None), run([estimated()], gpu=None)])
+    assert evidence.measured(WORKLOAD) == []
+    assert [found.call_s for found in evidence.estimated(WORKLOAD)] == [None]
 
 
 def test_what_ran_out_of_memory_takes_no_estimate_of_another_run() -> None:

@@ -30,6 +30,7 @@ from pytest_vram.records.schema import (
     above_the_card,
 )
 
+ONE_STEP = "the denoiser ran once: what an offload moves for it is not known apart from the step"
 NEED_FIELDS = (
     "memory.need_bytes",
     "memory.need_tolerance_bytes",
@@ -88,10 +89,13 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
         unavailable |= {"energy_j_per_image": why} if why else {}
         unavailable |= untold(machine, runs)
         own = "it is not known of a pipeline of one's own"
-        if fields["time"].full_length_s is None:
-            unsaid = "the scheduler does not say how often it calls the denoiser"
-            unavailable["time.full_length_s"] = unsaid if isinstance(case, Case) else own
-        unavailable |= {f"time.{k}": own for k in ("images_per_s", "step_s") if getattr(fields["time"], k) is None}
+        if not isinstance(case, Case):
+            without = dict.fromkeys(("full_length_s", "images_per_s", "step_s"), own)
+        elif outcome["native_denoiser_calls"] is None:
+            without = {"full_length_s": "the scheduler does not say how often it calls the denoiser"}
+        else:
+            without = dict.fromkeys(("full_length_s", "step_s"), ONE_STEP)
+        unavailable |= {f"time.{key}": why for key, why in without.items() if getattr(fields["time"], key) is None}
         if "images_error" in outcome:
             unavailable["images"] = f"not saved: {without_paths(outcome['images_error'])}"
     elif not done:
@@ -140,6 +144,7 @@ def with_need(record: Record, needs: Sequence[Need], machine: Machine) -> Record
     need, context = max(zip(needs, contexts, strict=True), key=lambda pair: pair[0].bytes + (pair[1] or 0))
     at = need.at
     calls = record.time.denoiser_calls or at.denoiser_calls
+    step = at.step_s or _only_step(record.case, at.seconds, at.denoiser_calls)
     found = record.model_dump()
     found["memory"] |= {
         "need_bytes": need.bytes,
@@ -150,7 +155,7 @@ def with_need(record: Record, needs: Sequence[Need], machine: Machine) -> Record
     for gpu, its, held in zip(found["gpus"], needs, contexts, strict=False):
         gpu |= {"need_bytes": its.bytes, "required_bytes": None if held is None else its.bytes + held}
     found["need_phase"] = need.decided_by
-    found["time"]["at_need_s"] = _of_length(at.seconds, at.step_s, at.denoiser_calls, calls)
+    found["time"]["at_need_s"] = _of_length(at.seconds, step, at.denoiser_calls, calls)
     if context is None:
         found["unavailable"]["memory.required_bytes"] = "the context is not known"
     else:
@@ -158,6 +163,8 @@ def with_need(record: Record, needs: Sequence[Need], machine: Machine) -> Record
     for key in NEED_FIELDS:
         if key != "memory.required_bytes":
             found["unavailable"].pop(key, None)
+    if found["time"]["at_need_s"] is None:
+        found["unavailable"]["time.at_need_s"] = ONE_STEP
     try:
         whole = Record.model_validate(found)
         problem = above_the_card(whole, machine.memory_bytes) if machine.memory_bytes else None
@@ -255,11 +262,12 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
     first, later = (_median(one[kind] for one in steps if kind in one) for kind in ("first", "later"))
     images = runs[-1].outcome["images"]
     lags = [run.outcome["gpu_lag_s"] for run in runs if "gpu_lag_s" in run.outcome]
-    full_length = None if native_calls is None else _of_length(phase, later, calls, native_calls)
+    step = later or _only_step(case, phase, calls)
+    full_length = None if native_calls is None else _of_length(phase, step, calls, native_calls)
     return Time(
         cold_s=runs[0].outcome["cold_s"],
         median_s=median,
-        step_s=(later or phase["denoise"] / max(1, calls)) or None,
+        step_s=step or None,
         first_step_s=first or None,
         images_per_s=None if images is None else images / median,
         full_length_s=full_length,
@@ -271,14 +279,22 @@ def _time(case: AnyCase, device: str, runs: list[WorkerRun]) -> Time:
     )
 
 
-def _of_length(phases: Mapping[str, float], step_s: float | None, calls: int, wanted: int) -> float:
+def _only_step(case: AnyCase, phases: Mapping[str, float], calls: int) -> float | None:
+    """Seconds of a call of the denoiser where it ran but once: what denoising took. None of an offloaded one, whose
+    weights were moved meanwhile."""
+    moves = any("offload" in name for name in case.optimizations)
+    return None if moves else phases.get("denoise", 0.0) / max(1, calls)
+
+
+def _of_length(phases: Mapping[str, float], step_s: float | None, calls: int, wanted: int) -> float | None:
     """Seconds of a call in which the denoiser runs `wanted` times, from the phases of one in which it ran `calls`
-    times. A step more or less is `step_s`: what an offload moves once a call is in the phase, and not in that. Where
-    the denoiser ran once it is not known apart."""
+    times. A step more or less is `step_s`: what an offload moves once a call is in the phase, and not in that. None
+    where that is not known, and wanted."""
     denoise = phases.get("denoise", 0.0)
-    step = denoise / max(1, calls) if step_s is None else step_s
     beside = sum(phases.get(name, 0.0) for name in ("encode", "decode", "call"))
-    return beside + max(step, denoise + (wanted - calls) * step)
+    if wanted == calls:
+        return beside + denoise
+    return None if step_s is None else beside + max(step_s, denoise + (wanted - calls) * step_s)
 
 
 def _median(values: Iterable[float]) -> float | None:

@@ -216,7 +216,7 @@ def frontiers(facts: Facts) -> "Figure | None":
 def phases(facts: Facts) -> "Figure | None":
     """Left: the allocated peak of each phase. Right: the share of each in a call of the native number of steps."""
     measured = [choices for workload in _by_memory(facts) if (choices := facts.evidence.measured(workload))]
-    rows = [choice for choices in measured if (choice := baseline(choices)).record.phases]
+    rows = [choice for choices in measured if (choice := baseline(choices)).record.phases and choice.own_call_s]
     if not rows:
         return None
     rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS

@@ -76,7 +76,8 @@ METHOD = {
     f"than {SAME_GPU_TIME:g} where the GPU does: of the sets that fit and are closer than that to the fastest, one "
     "that leaves the image alone is taken, then the one that moves weights least often, then the one with fewest "
     "flags, then the one that requires least.",
-    "Recommended": "the smallest card that runs, at full speed, a set that leaves the image alone.",
+    "Recommended": "the smallest card that runs, at full speed, a set that leaves the image alone (any set, where none "
+    "of those runs on a card).",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
     "Host, disk": "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in "
     "the dtype they run in, without what else a repository holds.",
@@ -392,9 +393,11 @@ def _parts(names: frozenset[str]) -> Iterator[frozenset[str]]:
 
 
 def _for_nothing(choice: Choice, other: Choice) -> list[Cell]:
-    """What a choice requires and takes more than another, of which it requires and takes nothing less; else nothing."""
+    """What a choice requires and takes more than another, of which it requires and takes nothing less; else nothing, as
+    where one of them was timed under a limit."""
     saved, paid = against(choice, other)
-    if saved is None or paid is None or not choice.call_s or not other.call_s:
+    limited = choice.record.case.limit_bytes or other.record.case.limit_bytes
+    if limited or saved is None or paid is None or not choice.call_s or not other.call_s:
         return []
     share, times, noise = saved / (other.required_bytes or 1), choice.call_s / other.call_s, same_time(choice, other)
     if (share < -SAME_MEMORY and times > 1 / noise) or (times > noise and share < SAME_MEMORY):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_vram.cases.case import Case
 from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Memory, Phase, Record
+from pytest_vram.report.workloads import move_is_in_the_steps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "need_phase": (TEXT, "where a process with a little less than the need runs out of memory"),
     "cold_s": (REAL, "seconds of the first call in a process"),
     "median_s": (REAL, "seconds of a call, median over all rounds"),
-    "step_s": (REAL, "seconds of one call of the denoiser, but for the first"),
+    "step_s": (REAL, "seconds of one call of the denoiser, but for the first (in the first files of all)"),
     "first_step_s": (REAL, "seconds of the denoiser's first call, for which an offload moves its weights"),
     "images_per_s": (REAL, "images (or videos) a second"),
     "frame_s": (REAL, "seconds of a call for each frame of each video"),
@@ -176,6 +177,8 @@ def _row(record: Record) -> dict[str, Any]:
         "wall_s": record.wall.total_s if record.wall else None,
         "probes": record.wall.probes if record.wall and record.method == "measured" else None,
     }
+    if move_is_in_the_steps(record):
+        row |= dict.fromkeys(("step_s", "at_need_s", "full_length_s", "full_length_steps"))
     if isinstance(case, Case) and case.frames and time.median_s is not None:
         row["frame_s"] = time.median_s / (case.batch_size * case.frames)
     for phase, cost in record.phases.items():

@@ -24,7 +24,7 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.workloads import SAME_GPU_TIME, Choice, Evidence, GpuKey, Workload, for_one_gpu, same_time
+from pytest_vram.report.workloads import SAME_GPU_TIME, Choice, Evidence, GpuKey, Workload, same_time
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
 ESTIMATE_SHARE = 0.10  # of a simulated need
@@ -103,13 +103,14 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, exact: bool = Fa
     """The choice to take for a workload on a card, with its verdict; with `exact` one that leaves the image as it is,
     where there is any.
 
-    What was measured on the card itself comes first, then each other GPU, the one that measured most before the others
-    and those that searched no need last, then what was estimated. Of one of these, what fits comes before what fits
-    tightly, and then the fastest wins. Of those within `same_time` of the fastest, and of what is no slower than one of
+    What fits comes before what fits tightly. Of that, what was measured on the card itself comes first, then each other
+    GPU, the one that measured most before the others and those that searched no need last, then what was estimated; and
+    of one of these the fastest wins. Of those within `same_time` of the fastest, and of what is no slower than one of
     them, a set that leaves the image alone comes first, then the one that moves weights least often, then the one with
-    fewest flags, then the one that requires least; and it stands back for a part of its own flags that is within
-    `same_time` of it. A set with a flag that was seen to change nothing stands back for the set without it. Where
-    nothing runs, a choice for more of the same (a larger size or batch) is taken if that runs: it has room for this.
+    fewest flags, then the one that requires least; and it stands back for a part of its own flags that moves weights
+    less often, or is within `same_time` of it. A set with a flag that was seen to change nothing stands back for the
+    set without it. Where nothing runs, a choice for more of the same (a larger size or batch) is taken if that runs: it
+    has room for this.
     """
     on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability, exact), {})
     for one in (workload, *evidence.larger(workload)):
@@ -126,14 +127,20 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, exact: bool = Fa
 
 def _of_its_own(workload: Workload, card: Card, evidence: Evidence, exact: bool) -> Verdict:
     """The verdict from the choices of this workload alone."""
-    judged: list[Verdict] = []
-    for choices in _in_order(workload, card, evidence):
-        verdicts = [judge(choice, card) for choice in choices if not (exact and choice.changes_image)]
-        for outcome in RUNS:
+
+    def wanted(choices: Iterable[Choice]) -> list[Choice]:
+        return [choice for choice in choices if not (exact and choice.changes_image)]
+
+    groups = [[judge(c, card) for c in wanted(choices)] for choices in _in_order(workload, card, evidence)]
+    for outcome in RUNS:
+        for verdicts in groups:
             if found := [verdict for verdict in verdicts if verdict.outcome == outcome]:
                 return _fastest(found)
-        judged += verdicts
-    return min(judged or [judge(choice, card) for choice in evidence.tried(workload)], key=_known_best)
+    judged = [verdict for verdicts in groups for verdict in verdicts]
+    tried = evidence.tried(workload)
+    judged = judged or [judge(choice, card) for choice in wanted(tried)]
+    nothing = Verdict("no", tried[0], card, reason="no set was tried that leaves the image as it is")
+    return min(judged, key=_known_best, default=nothing)
 
 
 def _in_order(workload: Workload, card: Card, evidence: Evidence) -> list[list[Choice]]:
@@ -148,7 +155,7 @@ def _in_order(workload: Workload, card: Card, evidence: Evidence) -> list[list[C
 
 def _known_best(verdict: Verdict) -> tuple[int, bool, bool, int]:
     """Of what does not fit, the order in which it is named."""
-    order, required = ("no", "unknown", "unsupported"), verdict.required_bytes
+    order, required = ("no", "unknown", "unsupported", *RUNS), verdict.required_bytes
     return order.index(verdict.outcome), required is None, verdict.estimated, required or 0
 
 
@@ -170,8 +177,9 @@ def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
 
     slowest_s = max(map(seconds, as_fast_as(min(verdicts, key=seconds), verdicts)))
     found = min((verdict for verdict in verdicts if seconds(verdict) <= slowest_s), key=cost)
-    parts = (v for v in verdicts if set(v.choice.optimizations) < set(found.choice.optimizations))
-    return min(as_fast_as(found, parts), key=cost, default=found)
+    parts = [v for v in verdicts if set(v.choice.optimizations) < set(found.choice.optimizations)]
+    stiller = [v for v in parts if v.choice.moves < found.choice.moves]
+    return min([*as_fast_as(found, parts), *stiller], key=cost, default=found)
 
 
 def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
@@ -183,12 +191,18 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
     """The verdict on the smallest card that runs the workload comfortably: it fits, at full speed, and leaves the image
     as it is.
 
-    Full speed is within `same_time` of the fastest choice that any card runs and that leaves the image alone, as timed
-    on the same GPU. What moves weights is never faster than what does not, so that its time is no matter of luck: it is
-    at full speed within `SAME_GPU_TIME`. Of an estimate there is no time: there it is a choice whose weights are all on
-    the GPU. Where every choice changes the image, each may.
+    Full speed is that of the fastest choice that any card runs, as timed on the same GPU, that leaves the image alone
+    and moves no weights (where there is one): within `same_time`, or within `SAME_GPU_TIME` where weights are moved,
+    which is never faster. Of an estimate there is no time: there it is a choice whose weights are all on the
+    GPU. Where no choice that runs on any card leaves the image alone, each may change it.
     """
-    may_change = all(choice.changes_image for choice in evidence.tried(workload))
+    known = [choice for choices in evidence.candidates(workload) for choice in choices]
+    running = [choice for choice in known if any(judge(choice, card).runs for card in cards)]
+    may_change = all(choice.changes_image for choice in running)
+    fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
+    timed = [c for c in running if c.call_s is not None and (may_change or not c.changes_image)]
+    for choice in sorted(timed, key=lambda one: (bool(one.moves), one.call_s)):
+        fastest.setdefault(choice.gpu_key, choice)
 
     def comfortable(verdict: Verdict) -> bool:
         if verdict.outcome != "fits" or (verdict.choice.changes_image and not may_change):
@@ -199,13 +213,6 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
         factor = SAME_GPU_TIME if verdict.choice.moves else same_time(verdict.choice, first)
         return verdict.call_s <= factor * (first.call_s or verdict.call_s)
 
-    fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
-    for choices in evidence.by_gpu(workload):
-        for choice in for_one_gpu(choices):
-            counts = may_change or not choice.changes_image
-            if counts and choice.call_s is not None and any(judge(choice, card).runs for card in cards):
-                key = choice.gpu_key
-                fastest[key] = min(choice, fastest.get(key, choice), key=lambda one: one.call_s or 0)
     return _smallest(cards, lambda card: best(workload, card, evidence, exact=not may_change), comfortable)
 
 

@@ -157,11 +157,12 @@ class Choice:
         time, unmoved = record.time, self.unmoved
         if time.full_length_s is None or not move_is_in_the_steps(record):
             return time.full_length_s or time.median_s
-        if unmoved is None or time.median_s is None or time.step_s is None:
+        timed_s = [record.phases[name].time_s for name in _OF_A_CALL if name in record.phases]
+        if unmoved is None or time.median_s is None or not time.step_s or len(timed_s) < len(_OF_A_CALL):
             return None
         step_s = _median(choice.record.time.step_s for choice in (unmoved, *unmoved.timed))
-        timed_s = sum(record.phases[name].time_s or 0.0 for name in _OF_A_CALL if name in record.phases)
-        return step_s and time.median_s + round((time.full_length_s - timed_s) / time.step_s) * step_s
+        more = (time.full_length_s - sum(seconds or 0.0 for seconds in timed_s)) / time.step_s
+        return step_s and time.median_s + round(more) * step_s
 
     @cached_property
     def slowdown(self) -> float | None:
@@ -177,7 +178,9 @@ class Choice:
     @property
     def runs(self) -> list[ReadRun]:
         """The runs that its figures come from: that of its need first."""
-        others = [choice.run for choice in self.timed if choice.record.time.median_s is not None]
+        unmoved = self.unmoved if any(move_is_in_the_steps(c.record) for c in (self, *self.timed)) else None
+        steps = () if unmoved is None else (unmoved, *unmoved.timed)
+        others = [choice.run for choice in (*self.timed, *steps) if choice.record.time.median_s is not None]
         return list(dict.fromkeys((self.memory_run, self.run, *others)))
 
     @property
@@ -265,8 +268,8 @@ class Evidence:
     """What all runs together say.
 
     `choices` has, for each workload and each GPU, the choices by their set. `checks` are the measured cases that ran
-    under a limit: they say no need, but what ran out of memory counts against the choice. `failed` has what ended in no
-    figures. `verdicts` keeps what was judged already.
+    under a limit: what ran out of memory there counts against the choice, what completed for it. `failed` has what
+    ended in no figures. `verdicts` keeps what was judged already.
     """
 
     runs: Sequence[ReadRun]
@@ -302,15 +305,16 @@ class Evidence:
         for workload, by_gpu in self.choices.items():
             groups = [list(sets.values()) for gpu, sets in by_gpu.items() if gpu is not None]
             groups.reverse()  # the last of equals first
-            found[workload] = sorted(groups, key=len, reverse=True)
+            groups.sort(key=lambda choices: (sum(not c.estimated for c in choices), len(choices)), reverse=True)
+            found[workload] = groups
         return found
 
     def by_gpu(self, workload: Workload) -> list[list[Choice]]:
-        """The choices of each GPU that measured this workload, first of the one that measured most of it."""
+        """The choices of each GPU that measured this workload, first of the one that searched most needs of it."""
         return self._by_gpu[workload]
 
     def measured(self, workload: Workload) -> list[Choice]:
-        """The choices of the GPU that measured most of this workload; the last of equals."""
+        """The choices of the GPU that searched most needs of this workload; the last of equals."""
         return next(iter(self.by_gpu(workload)), [])
 
     @cached_property
@@ -330,10 +334,10 @@ class Evidence:
         return [choice for sets in self.choices[workload].values() for choice in sets.values()]
 
     def speaks_of(self, choice: Choice) -> Choice | None:
-        """What is known of the same set of the same workload: on its GPU, else on another, else as estimated."""
+        """What is known of the same set of the same workload: searched on its GPU, else on another, else estimated."""
         by_gpu = self.choices.get(choice.workload, {})
         known = [sets[choice.optimizations] for sets in by_gpu.values() if choice.optimizations in sets]
-        return min(known, key=lambda one: (one.gpu_key != choice.gpu_key, one.estimated), default=None)
+        return min(known, key=lambda one: (one.estimated, one.gpu_key != choice.gpu_key), default=None)
 
     @cached_property
     def gpus(self) -> list[str]:
@@ -398,17 +402,21 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
             else:
                 sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
                 sets.setdefault(choice.optimizations, []).append(choice)
-    for check in checks:
-        by_gpu = found.get(check.workload, {})
-        if check.record.status == "ok" and check.optimizations in by_gpu.get(None, {}):
-            by_gpu.setdefault(check.gpu_key, {}).setdefault(check.optimizations, [check])
+    for check in sorted(checks, key=lambda check: check.record.case.limit_bytes or 0):  # the last has most room
+        by_gpu = found.setdefault(check.workload, {})
+        sets = by_gpu.get(check.gpu_key, {})
+        with_room = any(choice.record.case.limit_bytes is None for choice in sets.get(check.optimizations, ()))
+        simulated = check.estimated or (check.need_bytes is None and check.optimizations in by_gpu.get(None, {}))
+        if check.record.status == "ok" and simulated and not with_room:
+            by_gpu.setdefault(check.gpu_key, {})[check.optimizations] = [check]
     choices: dict[Workload, dict[GpuKey, Sets]] = {}
     for workload, by_gpu in sorted(found.items()):
         for gpu, sets in by_gpu.items():
             chosen: dict[tuple[str, ...], Choice] = {}
             for names, several in sets.items():
                 speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
-                if not speak and (estimates := by_gpu.get(None, {}).get(names)):
+                on_gpu = any(choice.run.gpu for choice in several)  # of the host nothing is simulated
+                if not speak and on_gpu and (estimates := by_gpu.get(None, {}).get(names)):
                     ran = [choice for choice in several if choice.record.status == "ok"]
                     speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
                 if speak:
@@ -423,7 +431,9 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
                 if MOVES_ONCE in names:
                     rest = tuple(name for name in names if name != MOVES_ONCE)
                     denoiser = tuple(name for name in rest if not name.startswith("vae_"))  # steps as long as those
-                    chosen[names] = replace(choice, unmoved=chosen.get(rest) or chosen.get(denoiser))
+                    timed = [c for other in (rest, denoiser) if (c := chosen.get(other)) and c.record.time.step_s]
+                    alike = [other for other in timed if _software(other) == _software(choice)]
+                    chosen[names] = replace(choice, unmoved=next(iter(alike), None))
             if chosen:
                 choices.setdefault(workload, {})[gpu] = chosen
     unknown: dict[str, Choice] = {}
@@ -529,11 +539,12 @@ def frontier(choices: Sequence[Choice]) -> list[Choice]:
     found: list[Choice] = []
     figures = [(c.required_bytes, c.call_s, c) for c in for_one_gpu(choices) if not c.estimated]
     known = [(required, seconds, c) for required, seconds, c in figures if required and seconds]
-    for required, seconds, choice in sorted(known, key=lambda known: known[:2]):
+    for _, seconds, choice in sorted(known, key=lambda known: known[:2]):
         if not found or seconds * same_time(choice, found[-1]) < (found[-1].call_s or 0):
-            while found and required - (found[-1].required_bytes or 0) <= (
-                choice.record.memory.need_tolerance_bytes or 0
-            ):
-                found.pop()
             found.append(choice)
-    return found
+    kept: list[Choice] = []
+    for choice in reversed(found):
+        tolerance = choice.record.memory.need_tolerance_bytes or 0
+        if not kept or (kept[-1].required_bytes or 0) - (choice.required_bytes or 0) > tolerance:
+            kept.append(choice)
+    return kept[::-1]
