@@ -167,7 +167,7 @@ def test_what_no_card_runs_at_full_speed_is_said() -> None:
     few = replace(report, cards=[card for card in report.cards if card.memory_gib < 12])
     for one, expected in ((report, False), (few, True)):
         text = answer(one.document(), "sdxl", None)
-        assert ("\nNo card of the list runs it at full speed.\n" in text) == expected
+        assert ("\nNo card of the list runs it at full speed with its image as it is.\n" in text) == expected
         assert ("\nRecommended: " in text) != expected
         assert "batch 1: at least " in text
 
