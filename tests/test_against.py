@@ -472,8 +472,9 @@ def of_the_base(process: "subprocess.Popen[bytes]", checkout: Path) -> list[psut
         session = psutil.Process(process.pid)
         for child in session.children(recursive=True):
             if f"--rootdir={checkout / 'app'}" in child.cmdline() and len(child.children(recursive=True)) == 2:
-                time.sleep(0.2)  # the worker is in its call
-                return session.children(recursive=True)
+                time.sleep(0.2)  # the worker is in its call, and was not the one that looks for a GPU
+                found = session.children(recursive=True)
+                return found if len(found) >= 4 else []
     except psutil.Error:
         pass
     return []
