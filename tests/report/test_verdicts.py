@@ -10,7 +10,7 @@ from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Memory, Record
 from pytest_vram.report.cards import GIB, Card
 from pytest_vram.report.verdicts import WORDS, Verdict, best, judge, largest, minimum, recommended
-from pytest_vram.report.workloads import SAME_GPU_TIME, SAME_TIME, Choice, Evidence, Workload, gather, workload_of
+from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, gather, workload_of
 from tests.records.test_schema import MIB, own
 from tests.report.test_workloads import (
     H100,
@@ -344,10 +344,10 @@ def test_more_usable_memory_never_makes_the_best_verdict_worse() -> None:
     ]
     for several in (runs[:1], runs[1:], runs):
         evidence = gather(several)
-        for exact in (False, True):
-            judged = [best(only(evidence), card(size), evidence, exact=exact) for size in SIZES]
+        for plainly in (False, True):
+            judged = [best(only(evidence), card(size), evidence, plainly=plainly) for size in SIZES]
             assert ranks(judged) == sorted(ranks(judged), reverse=True)
-            assert len({verdict.choice.name for verdict in judged if verdict.runs}) >= 2
+            assert len({verdict.choice.name for verdict in judged if verdict.runs}) >= 2 - plainly
 
 
 def of(*records: Record, **changes: Any) -> Evidence:
@@ -611,12 +611,11 @@ def test_full_speed_is_within_the_noise_of_the_fastest(seconds: float, expected:
     assert found.card.memory_gib == expected
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(SAME_GPU_TIME, 16), (SAME_GPU_TIME + 0.01, 24)])
-def test_what_moves_weights_is_at_full_speed_only_where_that_is_sure(seconds: float, expected: int) -> None:
-    evidence = of(FAST, measured("fp16+model_offload", 12 * GIB, seconds))
-    found = recommended(only(evidence), LADDER, evidence)
-    assert found is not None
-    assert found.card.memory_gib == expected
+def test_recommended_keeps_all_weights_on_the_gpu() -> None:
+    evidence = of(FAST, measured("fp16+model_offload", 6 * GIB, 1.0), measured(DROPPED, 12 * GIB, 0.4))
+    assert size_of(recommended(only(evidence), LADDER, evidence)) == (24, "fp16")
+    small = [card(8 * GIB), card(16 * GIB)]
+    assert size_of(recommended(only(evidence), small, evidence)) == (16, DROPPED), "where no card runs it so"
 
 
 def test_recommended_leaves_the_image_alone() -> None:
@@ -642,13 +641,6 @@ def test_what_is_known_of_a_larger_size_is_recommended_only_with_the_image_as_it
     evidence = gather([run([measured("fp16", 20 * GIB), sized(measured("fp16+int8_weight_only", 8 * GIB), 2048)])])
     assert size_of(best(workload_of(measured()), card(12 * GIB), evidence)) == (12, "fp16+int8_weight_only")
     assert size_of(recommended(workload_of(measured()), LADDER, evidence)) == (24, "fp16")
-
-
-def test_full_speed_is_that_of_what_moves_no_weights() -> None:
-    on_gpu = {"gpu_lag_s": 9.0}
-    dropped = measured(DROPPED, 9 * GIB, 1.0, time=on_gpu)
-    evidence = of(measured("fp16", 20 * GIB, 1.5, time=on_gpu), dropped)
-    assert size_of(recommended(only(evidence), [card(24 * GIB)], evidence)) == (24, "fp16")
 
 
 def test_recommended_is_not_tight() -> None:

@@ -125,7 +125,7 @@ def _sentences(subject: str, least: Verdict | None, good: Verdict | None, docume
     if good is not None:
         yield f"Recommended: {_said(good, workload, document)}."
     elif least is not None:
-        yield "No card of the list runs it at full speed with its image as it is."
+        yield "No card of the list runs it comfortably."
 
 
 def _said(verdict: Verdict, workload: Workload, document: Document) -> str:

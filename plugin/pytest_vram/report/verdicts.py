@@ -24,7 +24,7 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.workloads import SAME_GPU_TIME, Choice, Evidence, GpuKey, Workload, same_time
+from pytest_vram.report.workloads import Choice, Evidence, GpuKey, Workload, same_time
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
 ESTIMATE_SHARE = 0.10  # of a simulated need
@@ -99,9 +99,9 @@ def judge(choice: Choice, card: Card) -> Verdict:
     return Verdict("fits", choice, card, required)
 
 
-def best(workload: Workload, card: Card, evidence: Evidence, *, exact: bool = False) -> Verdict:
-    """The choice to take for a workload on a card, with its verdict; with `exact` one that leaves the image as it is,
-    where there is any.
+def best(workload: Workload, card: Card, evidence: Evidence, *, plainly: bool = False) -> Verdict:
+    """The choice to take for a workload on a card, with its verdict; `plainly` of those alone that leave the image as
+    it is and all weights on the GPU.
 
     What fits comes before what fits tightly. Of that, what was measured on the card itself comes first, then each other
     GPU, the one that measured most before the others and those that searched no need last, then what was estimated; and
@@ -112,11 +112,11 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, exact: bool = Fa
     set without it. Where nothing runs, a choice for more of the same (a larger size or batch) is taken if that runs: it
     has room for this.
     """
-    on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability, exact), {})
+    on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability, plainly), {})
     for one in (workload, *evidence.larger(workload)):
         verdict = on_card.get(one)
         if verdict is None:
-            verdict = on_card[one] = _of_its_own(one, card, evidence, exact)
+            verdict = on_card[one] = _of_its_own(one, card, evidence, plainly)
         if verdict.outcome in RUNS:
             break
     else:
@@ -125,11 +125,11 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, exact: bool = Fa
     return found
 
 
-def _of_its_own(workload: Workload, card: Card, evidence: Evidence, exact: bool) -> Verdict:
+def _of_its_own(workload: Workload, card: Card, evidence: Evidence, plainly: bool) -> Verdict:
     """The verdict from the choices of this workload alone."""
 
     def wanted(choices: Iterable[Choice]) -> list[Choice]:
-        return [choice for choice in choices if not (exact and choice.changes_image)]
+        return [choice for choice in choices if not plainly or _is_plain(choice)]
 
     groups = [[judge(c, card) for c in wanted(choices)] for choices in _in_order(workload, card, evidence)]
     for outcome in RUNS:
@@ -139,8 +139,12 @@ def _of_its_own(workload: Workload, card: Card, evidence: Evidence, exact: bool)
     judged = [verdict for verdicts in groups for verdict in verdicts]
     tried = evidence.tried(workload)
     judged = judged or [judge(choice, card) for choice in wanted(tried)]
-    nothing = Verdict("no", tried[0], card, reason="no set was tried that leaves the image as it is")
+    nothing = Verdict("no", tried[0], card, reason="no set was tried that leaves the image and the weights as they are")
     return min(judged, key=_known_best, default=nothing)
+
+
+def _is_plain(choice: Choice) -> bool:
+    return not (choice.changes_image or choice.moves)
 
 
 def _in_order(workload: Workload, card: Card, evidence: Evidence) -> list[list[Choice]]:
@@ -188,32 +192,29 @@ def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Ve
 
 
 def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
-    """The verdict on the smallest card that runs the workload comfortably: it fits, at full speed, and leaves the image
-    as it is.
+    """The verdict on the smallest card that runs the workload comfortably: it fits, at full speed, with the image as it
+    is and all weights on the GPU.
 
-    Full speed is that of the fastest choice that any card runs, as timed on the same GPU, that leaves the image alone
-    and moves no weights (where there is one): within `same_time`, or within `SAME_GPU_TIME` where weights are moved,
-    which is never faster. Of an estimate there is no time: there it is a choice whose weights are all on the
-    GPU. Where no choice that runs on any card leaves the image alone, each may change it.
+    Full speed is within `same_time` of the fastest such choice that any card runs, as timed on the same GPU. Where no
+    such choice runs on any card, any other may.
     """
     known = [choice for choices in evidence.candidates(workload) for choice in choices]
     running = [choice for choice in known if any(judge(choice, card).runs for card in cards)]
-    may_change = all(choice.changes_image for choice in running)
+    plainly = any(map(_is_plain, running))
     fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
-    timed = [c for c in running if c.call_s is not None and (may_change or not c.changes_image)]
-    for choice in sorted(timed, key=lambda one: (bool(one.moves), one.call_s)):
+    timed = [c for c in running if c.call_s is not None and (_is_plain(c) or not plainly)]
+    for choice in sorted(timed, key=lambda one: one.call_s or 0):
         fastest.setdefault(choice.gpu_key, choice)
 
     def comfortable(verdict: Verdict) -> bool:
-        if verdict.outcome != "fits" or (verdict.choice.changes_image and not may_change):
+        if verdict.outcome != "fits" or (plainly and not _is_plain(verdict.choice)):
             return False
         if verdict.call_s is None:
             return not verdict.choice.moves
         first = fastest.get(verdict.choice.gpu_key, verdict.choice)
-        factor = SAME_GPU_TIME if verdict.choice.moves else same_time(verdict.choice, first)
-        return verdict.call_s <= factor * (first.call_s or verdict.call_s)
+        return verdict.call_s <= same_time(verdict.choice, first) * (first.call_s or verdict.call_s)
 
-    return _smallest(cards, lambda card: best(workload, card, evidence, exact=not may_change), comfortable)
+    return _smallest(cards, lambda card: best(workload, card, evidence, plainly=plainly), comfortable)
 
 
 def _smallest(
