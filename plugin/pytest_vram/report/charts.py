@@ -83,12 +83,12 @@ def models_on_cards(facts: Facts) -> "Figure | None":
             if verdict.estimated and verdict.runs:
                 frame = Rectangle((column - 0.44, place - 0.41), 0.88, 0.82, fill=False, edgecolor=ink, linestyle="--")
                 axes.add_patch(frame)
-            names = [short(name.replace("_", " "), 20) for name in verdict.choice.optimizations] if verdict.runs else []
+            names = [_in_a_cell(name) for name in verdict.choice.optimizations] if verdict.runs else []
             names = [*names[:2], f"and {len(names) - 2} more"] if len(names) > 3 else names
             word = ("~" if verdict.estimated else "") + WORDS[verdict.outcome]
             middle = place - 0.06 * len(names)
             axes.text(column, middle, word, ha="center", va="bottom" if names else "center", color=ink, fontsize=9)
-            axes.text(column, middle + 0.03, "\n".join(names), ha="center", va="top", color=ink, fontsize=6.5)
+            axes.text(column, middle + 0.03, "\n".join(names), ha="center", va="top", color=ink, fontsize=6)
     titles = [f"{short(card.name.replace('GeForce ', ''), 22)}\n{card.memory_gib:g} GB" for card in cards]
     axes.set_xticks(range(len(cards)), titles, rotation=35, ha="left", rotation_mode="anchor", fontsize=8)
     axes.xaxis.tick_top()
@@ -101,6 +101,11 @@ def models_on_cards(facts: Facts) -> "Figure | None":
         spine.set_visible(False)
     axes.set_xlabel(_more(_more("", more, "models"), more_cards, "cards"))
     return figure
+
+
+def _in_a_cell(flag: str) -> str:
+    """A flag's name with what tells it from others, short enough for a cell."""
+    return short(flag.replace("_", " ").removeprefix("text ").removeprefix("group "), 19)
 
 
 def required_by_model(facts: Facts) -> "Figure | None":
