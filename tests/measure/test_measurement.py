@@ -23,7 +23,7 @@ from pytest_vram.measure.forkserver import ForkServer, Starter, Worker
 from pytest_vram.measure.job import job_of
 from pytest_vram.measure.machine import Device, Machine
 from pytest_vram.measure.measurement import CaseInterrupted, Estimated, Settings, measure
-from pytest_vram.measure.recording import NEED_FIELDS
+from pytest_vram.measure.recording import NEED_FIELDS, ONE_STEP
 from pytest_vram.measure.sampling import Sampler
 from pytest_vram.pipelines.optimizations.base import OFFLOAD_FOLDER
 from pytest_vram.records.schema import SEARCH_INTERRUPTED, Exactness, Failure, Memory, PhaseCost, Record, Time
@@ -320,7 +320,7 @@ def test_where_an_offloaded_denoiser_ran_once_its_step_is_not_known(cuda: Stage)
     record = cuda.measure(done=done, case=offloaded)
     assert (record.time.first_step_s, record.time.step_s, record.time.full_length_s) == (0.5, None, None)
     reasons = {record.unavailable[f"time.{name}"] for name in ("step_s", "full_length_s")}
-    assert reasons == {"the denoiser ran once: what an offload moves for it is not known apart from the step"}
+    assert reasons == {ONE_STEP}
     once = cuda.measure(done={**done, "native_denoiser_calls": 1}, case=offloaded)
     assert once.time.full_length_s == once.time.median_s == pytest.approx(1.0)
     probed = {"second_call_steps": {"first": 0.5}}

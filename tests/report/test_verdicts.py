@@ -350,6 +350,14 @@ def test_more_usable_memory_never_makes_the_best_verdict_worse() -> None:
             assert len({verdict.choice.name for verdict in judged if verdict.runs}) >= 2 - plainly
 
 
+def test_nor_where_what_is_known_of_a_larger_size_speaks() -> None:
+    """The larger one fits where the smaller one's own sets fit tightly, or not at all."""
+    evidence = of(measured("fp16", 14 * GIB), sized(measured("fp16+vae_tiling", 6 * GIB), 2048))
+    judged = [best(workload_of(measured()), card(size), evidence) for size in SIZES]
+    assert ranks(judged) == sorted(ranks(judged), reverse=True)
+    assert {verdict.choice.name for verdict in judged if verdict.runs} == {"fp16", "fp16+vae_tiling"}
+
+
 def of(*records: Record, **changes: Any) -> Evidence:
     """The evidence of one run."""
     return gather([run(records, **changes)])
@@ -447,6 +455,14 @@ def test_a_set_stands_back_for_a_part_of_it_that_moves_no_weights_however_fast_i
     evidence = of(measured(DROPPED, 9 * GIB, 1.0), measured("fp16", 15 * GIB, 9.0))
     assert taken(evidence, card(40 * GIB))[0] == "fp16"
     assert taken(evidence, card(12 * GIB))[0] == DROPPED
+
+
+def test_of_the_parts_that_move_no_weights_the_fastest_is_taken() -> None:
+    on_gpu = {"gpu_lag_s": 9.0}
+    plain, last = measured("fp16", seconds=3.0, time=on_gpu), measured("fp16+channels_last", seconds=1.0, time=on_gpu)
+    both = measured("fp16+channels_last+text_encoders_dropped", seconds=0.85, time=on_gpu)
+    for records in ((plain, last), (plain, last, both)):
+        assert taken(of(*records), card(40 * GIB))[0] == "fp16+channels_last"
 
 
 def test_what_is_no_slower_than_one_that_is_as_fast_is_as_fast() -> None:
@@ -641,6 +657,23 @@ def test_what_is_known_of_a_larger_size_is_recommended_only_with_the_image_as_it
     evidence = gather([run([measured("fp16", 20 * GIB), sized(measured("fp16+int8_weight_only", 8 * GIB), 2048)])])
     assert size_of(best(workload_of(measured()), card(12 * GIB), evidence)) == (12, "fp16+int8_weight_only")
     assert size_of(recommended(workload_of(measured()), LADDER, evidence)) == (24, "fp16")
+
+
+def test_full_speed_is_that_of_the_set_that_is_taken() -> None:
+    on_gpu = {"gpu_lag_s": 9.0}
+    evidence = of(
+        measured("fp16+expandable_segments", 8 * GIB, 1.0, time=on_gpu),
+        measured("fp16+vae_slicing", 8 * GIB, 1.95),
+        measured("fp16", 8 * GIB, 1.9, time=on_gpu),
+    )
+    assert taken(evidence, card(40 * GIB)) == ("fp16", "fits")
+    assert size_of(recommended(only(evidence), LADDER, evidence)) == (16, "fp16")
+
+
+def test_a_card_that_nobody_is_recommended_decides_nothing() -> None:
+    evidence = of(FAST, measured("fp16+model_offload", 6 * GIB, 9.0))
+    cards = [card(8 * GIB), card(40 * GIB, vendor="amd"), card(40 * GIB, kind="unified")]
+    assert size_of(recommended(only(evidence), cards, evidence)) == (8, "fp16+model_offload")
 
 
 def test_recommended_is_not_tight() -> None:

@@ -337,6 +337,12 @@ def test_files_that_count_a_move_as_a_part_of_each_step_have_it_once_a_call() ->
     assert choices(bare, plain)[0].call_s is None
 
 
+def test_a_call_of_the_one_step_of_an_offloaded_denoiser_is_no_full_length() -> None:
+    once = moved(20.0, 20.0, 103.0)
+    time = once.time.model_copy(update={"step_s": None, "full_length_s": None, "denoiser_calls": 1})
+    assert choices(once.model_copy(update={"time": time}))[0].call_s is None
+
+
 def test_the_steps_are_as_long_whatever_the_vae_does() -> None:
     plain = measured(time={"step_s": 0.5, "full_length_s": 8.0})
     assert choices(moved(20.0, None, 103.0, "fp16+vae_tiling+model_offload"), plain)[0].call_s == 27.0
@@ -489,9 +495,12 @@ def test_a_gpu_with_checks_alone_does_not_come_before_one_that_searched_needs() 
 
 
 def test_what_ran_on_the_host_takes_no_estimate() -> None:
-    evidence = gather([run([unsearched(need=None)], gpu=None), run([estimated()], gpu=None)])
+    bare = unsearched(need=None)
+    evidence = gather([run([bare], gpu=None, memory=None), run([estimated()], gpu=None)])
     assert evidence.measured(WORKLOAD) == []
     assert [found.call_s for found in evidence.estimated(WORKLOAD)] == [None]
+    unnamed = gather([run([bare], gpu=None), run([estimated()], gpu=None)])
+    assert [found.need_bytes for found in unnamed.measured(WORKLOAD)] == [10 * GIB]
 
 
 def test_what_ran_out_of_memory_takes_no_estimate_of_another_run() -> None:

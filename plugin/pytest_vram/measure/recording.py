@@ -30,7 +30,7 @@ from pytest_vram.records.schema import (
     above_the_card,
 )
 
-ONE_STEP = "the denoiser ran once: what an offload moves for it is not known apart from the step"
+ONE_STEP = "no network of the denoiser ran twice: what an offload moves for it is not known apart from the step"
 NEED_FIELDS = (
     "memory.need_bytes",
     "memory.need_tolerance_bytes",

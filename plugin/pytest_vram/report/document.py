@@ -77,7 +77,7 @@ METHOD = {
     "that leaves the image alone is taken, then the one that moves weights least often, then the one with fewest "
     "flags, then the one that requires least.",
     "Recommended": "the smallest card that runs, at full speed, a set that leaves the image alone and all weights on "
-    "the GPU (any set, where none of those runs on a card).",
+    "the GPU (any that was timed, where none of those fits a card).",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
     "Host, disk": "host memory is the process's peak, with the weights on their way to the GPU; disk is the weights in "
     "the dtype they run in, without what else a repository holds.",

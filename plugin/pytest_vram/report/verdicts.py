@@ -109,19 +109,20 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, plainly: bool = 
     them, a set that leaves the image alone comes first, then the one that moves weights least often, then the one with
     fewest flags, then the one that requires least; and it stands back for a part of its own flags that moves weights
     less often, or is within `same_time` of it. A set with a flag that was seen to change nothing stands back for the
-    set without it. Where nothing runs, a choice for more of the same (a larger size or batch) is taken if that runs: it
+    set without it. Where nothing fits, a choice for more of the same (a larger size or batch) is taken if that does: it
     has room for this.
     """
     on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability, plainly), {})
+    tight: Verdict | None = None
     for one in (workload, *evidence.larger(workload)):
-        verdict = on_card.get(one)
+        verdict: Verdict | None = on_card.get(one)
         if verdict is None:
             verdict = on_card[one] = _of_its_own(one, card, evidence, plainly)
-        if verdict.outcome in RUNS:
-            break
-    else:
-        verdict = on_card[workload]
-    found: Verdict = verdict
+        if verdict.outcome == "fits":
+            return verdict
+        if verdict.runs and tight is None:
+            tight = verdict
+    found: Verdict = tight or on_card[workload]
     return found
 
 
@@ -183,7 +184,7 @@ def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
     found = min((verdict for verdict in verdicts if seconds(verdict) <= slowest_s), key=cost)
     parts = [v for v in verdicts if set(v.choice.optimizations) < set(found.choice.optimizations)]
     stiller = [v for v in parts if v.choice.moves < found.choice.moves]
-    return min([*as_fast_as(found, parts), *stiller], key=cost, default=found)
+    return _fastest(stiller) if stiller else min(as_fast_as(found, parts), key=cost, default=found)
 
 
 def minimum(workload: Workload, cards: Sequence[Card], evidence: Evidence) -> Verdict | None:
@@ -195,26 +196,30 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
     """The verdict on the smallest card that runs the workload comfortably: it fits, at full speed, with the image as it
     is and all weights on the GPU.
 
-    Full speed is within `same_time` of the fastest such choice that any card runs, as timed on the same GPU. Where no
-    such choice runs on any card, any other may.
+    Full speed is within `same_time` of such a choice that was timed on the same GPU, the one that would be taken with
+    room for all of them. Where no such choice fits any card, any other may that was timed.
     """
+    buyable = [card for card in cards if _is_buyable(card)]
+    roomy = sorted(buyable, key=lambda card: card.usable_bytes, reverse=True)
     known = [choice for choices in evidence.candidates(workload) for choice in choices]
-    running = [choice for choice in known if any(judge(choice, card).runs for card in cards)]
-    plainly = any(map(_is_plain, running))
-    fastest: dict[GpuKey, Choice] = {}  # by GPU: times of two GPUs say nothing of each other
-    timed = [c for c in running if c.call_s is not None and (_is_plain(c) or not plainly)]
-    for choice in sorted(timed, key=lambda one: one.call_s or 0):
-        fastest.setdefault(choice.gpu_key, choice)
+    judged = [next((v for card in roomy if (v := judge(choice, card)).runs), None) for choice in known]
+    running = [verdict for verdict in judged if verdict]
+    plainly = any(verdict.outcome == "fits" and _is_plain(verdict.choice) for verdict in running)
+    timed: dict[GpuKey, list[Verdict]] = {}  # by GPU: times of two GPUs say nothing of each other
+    for verdict in running:
+        if verdict.call_s is not None and (_is_plain(verdict.choice) or not plainly):
+            timed.setdefault(verdict.choice.gpu_key, []).append(verdict)
+    full_speed = {gpu: _fastest(verdicts).choice for gpu, verdicts in timed.items()}
 
     def comfortable(verdict: Verdict) -> bool:
         if verdict.outcome != "fits" or (plainly and not _is_plain(verdict.choice)):
             return False
         if verdict.call_s is None:
             return not verdict.choice.moves
-        first = fastest.get(verdict.choice.gpu_key, verdict.choice)
+        first = full_speed.get(verdict.choice.gpu_key, verdict.choice)
         return verdict.call_s <= same_time(verdict.choice, first) * (first.call_s or verdict.call_s)
 
-    return _smallest(cards, lambda card: best(workload, card, evidence, plainly=plainly), comfortable)
+    return _smallest(buyable, lambda card: best(workload, card, evidence, plainly=plainly), comfortable)
 
 
 def _smallest(
@@ -222,8 +227,12 @@ def _smallest(
 ) -> Verdict | None:
     """The first wanted verdict, by memory on the box and then by how well known the card is."""
     by_size = sorted(cards, key=lambda card: (card.memory_gib, not card.headline, card.usable_bytes, card.name))
-    verdicts = (verdict_on(card) for card in by_size if not card.memory_only and card.kind != "unified")
-    return next(filter(wanted, verdicts), None)
+    return next(filter(wanted, (verdict_on(card) for card in by_size if _is_buyable(card))), None)
+
+
+def _is_buyable(card: Card) -> bool:
+    """Whether needs are known to hold for it, and its memory is its own."""
+    return not card.memory_only and card.kind != "unified"
 
 
 def largest(workloads: Iterable[Workload], card: Card, evidence: Evidence) -> tuple[Workload, Verdict] | None:

@@ -155,6 +155,8 @@ class Choice:
 
     def _length_s(self, record: Record) -> float | None:
         time, unmoved = record.time, self.unmoved
+        if time.full_length_s is None and time.step_s is None and time.denoiser_calls:
+            return None  # one step, and what was moved for it
         if time.full_length_s is None or not move_is_in_the_steps(record):
             return time.full_length_s or time.median_s
         timed_s = [record.phases[name].time_s for name in _OF_A_CALL if name in record.phases]
@@ -415,7 +417,7 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
             chosen: dict[tuple[str, ...], Choice] = {}
             for names, several in sets.items():
                 speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
-                on_gpu = any(choice.run.gpu for choice in several)  # of the host nothing is simulated
+                on_gpu = any(c.run.gpu or c.run.gpu_memory_bytes for c in several)  # of the host nothing is simulated
                 if not speak and on_gpu and (estimates := by_gpu.get(None, {}).get(names)):
                     ran = [choice for choice in several if choice.record.status == "ok"]
                     speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
