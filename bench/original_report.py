@@ -8,11 +8,12 @@ from pathlib import Path
 from pytest_vram.cases.models import read_models
 from pytest_vram.records.reading import read_runs
 from pytest_vram.report.cards import find_card, read_cards
+from pytest_vram.report.choices import SAME_TIME, Choice, Workload, against, baseline
 from pytest_vram.report.document import Cell, Document, Table
+from pytest_vram.report.evidence import gather
 from pytest_vram.report.render import table_lines
 from pytest_vram.report.text import gib, seconds, signed
 from pytest_vram.report.verdicts import WORDS, best, recommended
-from pytest_vram.report.workloads import SAME_TIME, Choice, Workload, against, baseline, gather
 
 ROOT = Path(__file__).parents[1]
 GPU = "NVIDIA H100 80GB HBM3"  # where this question was measured

@@ -14,10 +14,10 @@ from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import read_models
 from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Record
+from pytest_vram.report.choices import move_is_in_the_steps
 from pytest_vram.report.document import Cell, Table
 from pytest_vram.report.render import table_lines
 from pytest_vram.report.text import gib
-from pytest_vram.report.workloads import move_is_in_the_steps
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "models.md"

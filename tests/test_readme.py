@@ -9,8 +9,8 @@ import pytest
 
 from pytest_vram.records.files import read_run
 from pytest_vram.records.schema import Record
+from pytest_vram.report.choices import move_is_in_the_steps
 from pytest_vram.report.text import gib
-from pytest_vram.report.workloads import move_is_in_the_steps
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

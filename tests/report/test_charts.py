@@ -15,8 +15,8 @@ from pytest_vram.records.schema import Record
 from pytest_vram.report.charts import CHARTS, MOST_LINES, MOST_PANELS, MOST_ROWS, Facts, draw
 from pytest_vram.report.document import Document
 from pytest_vram.report.drawing import short, style
+from pytest_vram.report.evidence import gather
 from pytest_vram.report.render import Report
-from pytest_vram.report.workloads import gather
 from tests.records.test_schema import BARE, FAILURE, MIB, own, record
 from tests.report.test_render import a_report, a_run, estimate, svgs
 

@@ -9,11 +9,11 @@ import pytest
 
 from pytest_vram.records.schema import Record
 from pytest_vram.report.cards import GIB, find_card, read_cards
+from pytest_vram.report.choices import Choice, against, frontier, move_is_in_the_steps
 from pytest_vram.report.document import Document
 from pytest_vram.report.explorer import COLUMNS, LETTERS, explorer
 from pytest_vram.report.render import HEADS
 from pytest_vram.report.verdicts import best, judge
-from pytest_vram.report.workloads import Choice, against, frontier, move_is_in_the_steps
 from tests.records.test_schema import BARE, FAILURE, MIB, own, record
 from tests.report.test_render import H100, a_report, a_run, estimate
 
@@ -79,7 +79,7 @@ def test_the_figures_are_those_of_the_records(made: dict[str, Any], document: Do
         if memory.nvml_process_peak_bytes:
             assert row["shown"] == pytest.approx(memory.nvml_process_peak_bytes / GIB, abs=0.005)
         same = [choice.record, *(record for _, record in others_of(choice, document))]
-        if any(map(move_is_in_the_steps, same)):  # test_workloads.py has how those are mended
+        if any(map(move_is_in_the_steps, same)):  # test_evidence.py has how those are mended
             assert all(map(move_is_in_the_steps, same)) is (row["slowdown"] is None)
             assert row["seconds"] == (choice.call_s and round(choice.call_s, 3))
             continue

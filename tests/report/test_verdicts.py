@@ -9,10 +9,11 @@ import pytest
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Memory, Record
 from pytest_vram.report.cards import GIB, Card
+from pytest_vram.report.choices import SAME_TIME, Choice, Workload, workload_of
+from pytest_vram.report.evidence import Evidence, gather
 from pytest_vram.report.verdicts import WORDS, Verdict, best, judge, largest, minimum, recommended
-from pytest_vram.report.workloads import SAME_TIME, Choice, Evidence, Workload, gather, workload_of
 from tests.records.test_schema import MIB, own
-from tests.report.test_workloads import (
+from tests.report.test_evidence import (
     H100,
     RTX_4090,
     choice,

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from pytest_vram.errors import UsageError, printable
 from pytest_vram.report.cards import Card
+from pytest_vram.report.choices import Workload
 from pytest_vram.report.document import Document
 from pytest_vram.report.text import gib, seconds
 from pytest_vram.report.verdicts import WORDS, Verdict, best, minimum, recommended
-from pytest_vram.report.workloads import Workload
 
 WIDTH = 100
 

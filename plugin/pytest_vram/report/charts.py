@@ -6,18 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_vram.report.cards import GIB, Card
+from pytest_vram.report.choices import DTYPES, SAME_GPU_TIME, SAME_TIME, Choice, Workload, baseline, frontier
 from pytest_vram.report.drawing import COLOURS, DASHES, FAINT, HATCHES, INK, MARKERS, PAPER, png, short, style, svg
+from pytest_vram.report.evidence import Evidence
 from pytest_vram.report.verdicts import WORDS, best
-from pytest_vram.report.workloads import (
-    DTYPES,
-    SAME_GPU_TIME,
-    SAME_TIME,
-    Choice,
-    Evidence,
-    Workload,
-    baseline,
-    frontier,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

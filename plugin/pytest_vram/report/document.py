@@ -14,21 +14,20 @@ from pytest_vram.records.caveats import caveats
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import GIB, Card
-from pytest_vram.report.text import display_name, gib, seconds, signed
-from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, WORDS, Verdict, best, largest, minimum, recommended
-from pytest_vram.report.workloads import (
+from pytest_vram.report.choices import (
     SAME_GPU_TIME,
     SAME_TIME,
     Choice,
-    Evidence,
     Workload,
     against,
     baseline,
     frontier,
-    lead,
     same_time,
     without_idle_flags,
 )
+from pytest_vram.report.evidence import Evidence, lead
+from pytest_vram.report.text import display_name, gib, seconds, signed
+from pytest_vram.report.verdicts import ESTIMATE_SHARE, FREE_SHARE, WORDS, Verdict, best, largest, minimum, recommended
 
 NOTHING = "–"
 MOST_NAMES = 8  # of a set whose parts are looked at

@@ -5,9 +5,10 @@ from typing import Any
 
 from pytest_vram.errors import printable
 from pytest_vram.report.cards import GIB, NATIVE_FROM, Card
+from pytest_vram.report.choices import Choice, Workload, against, frontier
 from pytest_vram.report.document import Document
+from pytest_vram.report.evidence import Evidence
 from pytest_vram.report.verdicts import WORDS, Outcome, best, judge
-from pytest_vram.report.workloads import Choice, Evidence, Workload, against, frontier
 
 LETTERS: dict[Outcome, str] = {"fits": "f", "tight": "t", "no": "n", "unsupported": "u", "unknown": "q"}
 COLUMNS = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_vram.cases.case import Case
 from pytest_vram.records.reading import ReadRun, read_runs
 from pytest_vram.records.schema import Memory, Phase, Record
-from pytest_vram.report.workloads import move_is_in_the_steps
+from pytest_vram.report.choices import move_is_in_the_steps
 
 if TYPE_CHECKING:
     import pandas as pd

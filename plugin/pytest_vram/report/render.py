@@ -13,10 +13,11 @@ from pytest_vram.cases.models import Model
 from pytest_vram.errors import UsageError, printable
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.report.cards import Card
+from pytest_vram.report.choices import SAME_GPU_TIME, SAME_TIME
 from pytest_vram.report.document import METHOD, Document, Table
+from pytest_vram.report.evidence import gather
 from pytest_vram.report.explorer import explorer
 from pytest_vram.report.text import code, markdown
-from pytest_vram.report.workloads import SAME_GPU_TIME, SAME_TIME, gather
 
 if TYPE_CHECKING:
     import pandas as pd

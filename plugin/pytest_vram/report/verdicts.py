@@ -24,7 +24,8 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.workloads import Choice, Evidence, GpuKey, Workload, same_time
+from pytest_vram.report.choices import Choice, GpuKey, Workload, same_time
+from pytest_vram.report.evidence import Evidence
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
 ESTIMATE_SHARE = 0.10  # of a simulated need

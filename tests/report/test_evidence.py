@@ -10,19 +10,17 @@ import pytest
 from pytest_vram.cases.models import Model
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES, Record, Run
-from pytest_vram.report.workloads import (
+from pytest_vram.report.choices import (
     SAME_TIME,
     Choice,
-    Evidence,
     Workload,
     against,
     baseline,
     frontier,
-    gather,
-    lead,
     without_idle_flags,
     workload_of,
 )
+from pytest_vram.report.evidence import Evidence, gather, lead
 from tests.records.test_schema import FAILURE, MIB, facts, own, record
 
 GIB = 1 << 30

@@ -1,13 +1,11 @@
-"""From records to choices: for each workload the sets of optimizations to choose from, each by its best record."""
+"""Choices: a set of optimizations for a workload, with the record that says what it costs; and what two of them say."""
 
 import statistics
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from pytest_vram.cases.case import Case, OwnCase
-from pytest_vram.cases.models import Model
 from pytest_vram.compare.timing import host_bound
 from pytest_vram.pipelines.optimizations import OPTIMIZATIONS
 from pytest_vram.records.reading import ReadRun
@@ -21,7 +19,6 @@ SAME_TIME = 2.0
 SAME_GPU_TIME = 1.1
 MOVES_ONCE = "model_offload"  # brings the denoiser once a call
 _OF_A_CALL: tuple[Phase, ...] = ("encode", "denoise", "decode")
-MOST_LARGER = 200  # looked at for each workload; few models have so many
 UNNAMED = "a GPU that its run does not name"
 GpuKey = tuple[str, int] | None  # name and GiB, since variants share a name; None: estimated with no GPU
 DTYPES = ("fp16", "bf16", "fp32")  # in the order in which a plain case is looked for, to compare others with
@@ -262,212 +259,6 @@ class Choice:
         return "; ".join(remarks)
 
 
-Sets = Mapping[tuple[str, ...], Choice]
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What all runs together say.
-
-    `choices` has, for each workload and each GPU, the choices by their set. `checks` are the measured cases that ran
-    under a limit: what ran out of memory there counts against the choice, what completed for it. `failed` has what
-    ended in no figures. `verdicts` keeps what was judged already.
-    """
-
-    runs: Sequence[ReadRun]
-    choices: Mapping[Workload, Mapping[GpuKey, Sets]]
-    checks: Sequence[Choice] = ()
-    failed: Sequence[Choice] = ()
-    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    verdicts: dict[Hashable, dict[Workload, Any]] = field(default_factory=dict)
-
-    @cached_property
-    def subjects(self) -> Mapping[str, list[Workload]]:
-        """The workloads of each model, and of each pipeline of one's own, in rising order."""
-        found: dict[str, list[Workload]] = {}
-        for workload in self.choices:
-            found.setdefault(workload.subject, []).append(workload)
-        return found
-
-    @cached_property
-    def _larger(self) -> dict[Workload, list[Workload]]:
-        found = {}
-        for workloads in self.subjects.values():
-            for place, workload in enumerate(workloads, 1):
-                found[workload] = [other for other in workloads[place : place + MOST_LARGER] if other.holds(workload)]
-        return found
-
-    def larger(self, workload: Workload) -> list[Workload]:
-        """Of the next `MOST_LARGER` workloads those that are at least as much of the same, in rising order."""
-        return self._larger[workload]
-
-    @cached_property
-    def _by_gpu(self) -> dict[Workload, list[list[Choice]]]:
-        found = {}
-        for workload, by_gpu in self.choices.items():
-            groups = [list(sets.values()) for gpu, sets in by_gpu.items() if gpu is not None]
-            groups.reverse()  # the last of equals first
-            groups.sort(key=lambda choices: (sum(not c.estimated for c in choices), len(choices)), reverse=True)
-            found[workload] = groups
-        return found
-
-    def by_gpu(self, workload: Workload) -> list[list[Choice]]:
-        """The choices of each GPU that measured this workload, first of the one that searched most needs of it."""
-        return self._by_gpu[workload]
-
-    def measured(self, workload: Workload) -> list[Choice]:
-        """The choices of the GPU that searched most needs of this workload; the last of equals."""
-        return next(iter(self.by_gpu(workload)), [])
-
-    @cached_property
-    def _estimated(self) -> dict[Workload, list[Choice]]:
-        found = {}
-        for workload, by_gpu in self.choices.items():
-            measured = {names for gpu, sets in by_gpu.items() if gpu is not None for names in sets}
-            found[workload] = [choice for names, choice in by_gpu.get(None, {}).items() if names not in measured]
-        return found
-
-    def estimated(self, workload: Workload) -> list[Choice]:
-        """The choices that were estimated with no GPU, and measured on none."""
-        return self._estimated[workload]
-
-    def tried(self, workload: Workload) -> list[Choice]:
-        """Its choices, measured and estimated."""
-        return [choice for sets in self.choices[workload].values() for choice in sets.values()]
-
-    def speaks_of(self, choice: Choice) -> Choice | None:
-        """What is known of the same set of the same workload: searched on its GPU, else on another, else estimated."""
-        by_gpu = self.choices.get(choice.workload, {})
-        known = [sets[choice.optimizations] for sets in by_gpu.values() if choice.optimizations in sets]
-        return min(known, key=lambda one: (one.estimated, one.gpu_key != choice.gpu_key), default=None)
-
-    @cached_property
-    def gpus(self) -> list[str]:
-        """The GPUs that something was measured on."""
-        return sorted({c.gpu for groups in self._by_gpu.values() for choices in groups for c in choices if c.gpu})
-
-    @cached_property
-    def _candidates(self) -> dict[Workload, list[list[Choice]]]:
-        found = {}
-        for workload in self.choices:
-            groups = self.by_gpu(workload)
-            searched = {c.optimizations for choices in groups for c in choices if not c.estimated}
-            for_one = [for_one_gpu(choices, searched) for choices in groups]
-            known = [[c for c in choices if not c.estimated or c.optimizations not in searched] for choices in for_one]
-            known.sort(key=lambda choices: all(choice.estimated for choice in choices))
-            found[workload] = [*known, for_one_gpu(self.estimated(workload), searched)]
-        return found
-
-    def candidates(self, workload: Workload) -> list[list[Choice]]:
-        """What may be taken for one card: the choices of each GPU, and the estimates, less those with a flag that was
-        seen to change nothing where the set without it is there too, or its need was searched on another GPU. A GPU on
-        which a need was not searched leaves the set to one on which it was; one left with no set whose need was
-        searched comes after the others."""
-        return self._candidates[workload]
-
-    def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
-        """The choices of each GPU, and the estimates, each group after the choice that it is compared with."""
-        groups = [(baseline(choices), choices) for choices in self.by_gpu(workload)]
-        if estimated := self.estimated(workload):
-            groups.append((baseline([*self.measured(workload), *estimated]), estimated))
-        return groups
-
-
-def gather(runs: Sequence[ReadRun]) -> Evidence:
-    """The evidence of these runs, oldest first.
-
-    Where several records speak of the same set on such a GPU, a searched need beats a simulated one, that one beats
-    none, and among equals the newest wins. What was measured with no need, neither searched nor simulated, takes the
-    newest estimate of the same; so does what ran on such a GPU under a limit alone.
-    """
-    found: dict[Workload, dict[GpuKey, dict[tuple[str, ...], list[Choice]]]] = {}
-    checks, failed = [], []
-    ran_out: dict[tuple[Workload, tuple[str, ...]], int] = {}
-    completed: dict[tuple[Workload, tuple[str, ...]], int] = {}
-    aliases: dict[str, Sequence[str]] = {}
-    for run in runs:
-        aliases |= run.run.aliases
-        for record in run.records:
-            choice = Choice(workload_of(record), record, run)
-            limited = record.case.limit_bytes is not None
-            if limited and record.method == "estimated":
-                continue  # an estimate proves nothing of an estimate
-            if record.status in ("error", "timeout", "skipped"):
-                failed.append(choice)
-            elif limited:
-                checks.append(choice)
-                key, limit = (choice.workload, choice.optimizations), record.case.limit_bytes or 0
-                if record.status == "oom":
-                    ran_out[key] = max(limit - (record.memory.context_bytes or 0), ran_out.get(key, 0))
-                else:
-                    completed[key] = min(limit, completed.get(key, limit))
-            else:
-                sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
-                sets.setdefault(choice.optimizations, []).append(choice)
-    for check in sorted(checks, key=lambda check: check.record.case.limit_bytes or 0):  # the last has most room
-        by_gpu = found.setdefault(check.workload, {})
-        sets = by_gpu.get(check.gpu_key, {})
-        with_room = any(choice.record.case.limit_bytes is None for choice in sets.get(check.optimizations, ()))
-        simulated = check.estimated or (check.need_bytes is None and check.optimizations in by_gpu.get(None, {}))
-        if check.record.status == "ok" and simulated and not with_room:
-            by_gpu.setdefault(check.gpu_key, {})[check.optimizations] = [check]
-    choices: dict[Workload, dict[GpuKey, Sets]] = {}
-    for workload, by_gpu in sorted(found.items()):
-        for gpu, sets in by_gpu.items():
-            chosen: dict[tuple[str, ...], Choice] = {}
-            for names, several in sets.items():
-                speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
-                on_gpu = any(c.run.gpu or c.run.gpu_memory_bytes for c in several)  # of the host nothing is simulated
-                if not speak and on_gpu and (estimates := by_gpu.get(None, {}).get(names)):
-                    ran = [choice for choice in several if choice.record.status == "ok"]
-                    speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
-                if speak:
-                    chosen[names] = replace(
-                        _chosen(speak, several),
-                        ran_out_bytes=ran_out.get((workload, names), 0),
-                        completed_within=completed.get((workload, names)),
-                    )
-                else:
-                    failed += several
-            for names, choice in chosen.items():
-                if MOVES_ONCE in names:
-                    rest = tuple(name for name in names if name != MOVES_ONCE)
-                    denoiser = tuple(name for name in rest if not name.startswith("vae_"))  # steps as long as those
-                    timed = [c for other in (rest, denoiser) if (c := chosen.get(other)) and c.record.time.step_s]
-                    alike = [other for other in timed if _software(other) == _software(choice)]
-                    chosen[names] = replace(choice, unmoved=next(iter(alike), None))
-            if chosen:
-                choices.setdefault(workload, {})[gpu] = chosen
-    unknown: dict[str, Choice] = {}
-    for choice in failed:
-        known = any(choice.optimizations in sets for sets in choices.get(choice.workload, {}).values())
-        if not known or choice.record.case.limit_bytes is not None:
-            unknown[choice.record.id] = choice
-    return Evidence(runs, choices, checks, list(unknown.values()), aliases)
-
-
-def _chosen(speak: Sequence[Choice], several: Sequence[Choice]) -> Choice:
-    """Of the records of one set on one GPU, oldest first: the best of those that `speak`, with the times of all."""
-    best = max(reversed(speak), key=lambda choice: (choice.need_bytes is not None, not choice.estimated))
-    own = isinstance(best.record.case, OwnCase)  # whose code may have changed since
-    others = [c for c in several if c is not best and not own and _software(c) == _software(best)]
-    return replace(best, timed=tuple(others))
-
-
-def move_is_in_the_steps(record: Record) -> bool:
-    """Whether the record counts what it moves once a call as a part of each step: the first files did."""
-    return MOVES_ONCE in record.case.optimizations and record.time.first_step_s is None
-
-
-def _software(choice: Choice) -> tuple[object, ...]:
-    return tuple(choice.run.run.environment.get(name) for name in ("torch", "diffusers", "driver"))
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
 def workload_of(record: Record) -> Workload:
     """The workload of a record."""
     case = record.case
@@ -478,18 +269,14 @@ def workload_of(record: Record) -> Workload:
     return Workload(case.model, pixels, case.width, case.height, frames, case.batch_size)
 
 
-def lead(subject: str, evidence: Evidence, models: Mapping[str, Model]) -> Workload:
-    """The workload by which a model is known: its native size and the smallest batch; else, of the smallest batch,
-    the one with most choices, and the larger of equals."""
-    native = models[subject].native if subject in models else None
-    size = (native.width, native.height, native.frames or 0) if native else None
+def move_is_in_the_steps(record: Record) -> bool:
+    """Whether the record counts what it moves once a call as a part of each step: the first files did."""
+    return MOVES_ONCE in record.case.optimizations and record.time.first_step_s is None
 
-    def rank(workload: Workload) -> tuple[bool, int, int, int]:
-        at_native = (workload.width, workload.height, workload.frames) == size
-        several = max(map(len, evidence.choices[workload].values()))
-        return at_native, -workload.batch_size, several, workload.pixels
 
-    return max(evidence.subjects[subject], key=rank)
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def against(choice: Choice, plain: Choice) -> tuple[int | None, float | None]:
