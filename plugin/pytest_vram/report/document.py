@@ -74,7 +74,7 @@ METHOD = {
     f"call of the same differs by up to {SAME_TIME:g} times from run to run where the host's CPU decides, and by less "
     f"than {SAME_GPU_TIME:g} where the GPU does: of the sets that fit and are closer than that to the fastest, one "
     "that leaves the image alone is taken, then the one that moves weights least often, then the one with fewest "
-    "flags, then the one that requires least.",
+    "flags, then the one that requires least. With text_encoders_dropped the encoding, done once before, is not in it.",
     "Recommended": "the smallest card that runs, at full speed, a set that leaves the image alone and all weights on "
     "the GPU (any that was timed, where none of those fits a card).",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
