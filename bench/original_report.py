@@ -37,7 +37,7 @@ answer, measured on {gpus}. GiB and seconds; batch 1; the RTX 3060 leaves {usabl
 sd-food and stable-diffusion-v1-5 have the same weights. *to take*: the set to take on that card. *required*: on that
 card. *least*: the set that requires least of all at this size; `~` was estimated. *s*: one call with the model's own
 number of steps, on the GPU that was measured, not on an RTX 3060. *host*: with the weights on their way to the GPU.
-*card to get*: the smallest that runs it at full speed at this size.
+*card to get*: the smallest that runs it at full speed at this size, the image as it is and all weights on the GPU.
 
 ## Why 2.1 GB was wrong
 

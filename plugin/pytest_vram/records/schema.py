@@ -113,7 +113,7 @@ class Time(_Part):
     that one: an offload moves its weights for it. Files without `first_step_s` have the mean over all of them as
     `step_s`. `full_length_s` is calculated: the call, with as many steps more or less as the model's native number asks
     for. So is `at_need_s`, the same call as `median_s` under a cap of the need, from a warm second call of two steps.
-    All three are None where an offloaded denoiser ran but once.
+    Where an offloaded denoiser ran but once a step is not known, nor a call of any other length.
 
     `gpu_lag_s` is how far the GPU was behind the host when that had queued the denoiser's last call (without a
     denoiser: all of the call). Near 0 the GPU waits for the host's CPU, which then decides the time."""

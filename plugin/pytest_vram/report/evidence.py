@@ -1,6 +1,6 @@
 """From records to evidence: for each workload and GPU the choices, each by its best record."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from pytest_vram.report.choices import MOVES_ONCE, Choice, GpuKey, Workload, bas
 
 MOST_LARGER = 200  # looked at for each workload; few models have so many
 Sets = Mapping[tuple[str, ...], Choice]
+_Found = dict[Workload, dict[GpuKey, dict[tuple[str, ...], list[Choice]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,7 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     none, and among equals the newest wins. What was measured with no need, neither searched nor simulated, takes the
     newest estimate of the same; so does what ran on such a GPU under a limit alone.
     """
-    found: dict[Workload, dict[GpuKey, dict[tuple[str, ...], list[Choice]]]] = {}
+    found: _Found = {}
     checks, failed = [], []
     ran_out: dict[tuple[Workload, tuple[str, ...]], int] = {}
     completed: dict[tuple[Workload, tuple[str, ...]], int] = {}
@@ -153,13 +154,7 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
             else:
                 sets = found.setdefault(choice.workload, {}).setdefault(choice.gpu_key, {})
                 sets.setdefault(choice.optimizations, []).append(choice)
-    for check in sorted(checks, key=lambda check: check.record.case.limit_bytes or 0):  # the last has most room
-        by_gpu = found.setdefault(check.workload, {})
-        sets = by_gpu.get(check.gpu_key, {})
-        with_room = any(choice.record.case.limit_bytes is None for choice in sets.get(check.optimizations, ()))
-        simulated = check.estimated or (check.need_bytes is None and check.optimizations in by_gpu.get(None, {}))
-        if check.record.status == "ok" and simulated and not with_room:
-            by_gpu.setdefault(check.gpu_key, {})[check.optimizations] = [check]
+    _add_checks(found, checks)
     choices: dict[Workload, dict[GpuKey, Sets]] = {}
     for workload, by_gpu in sorted(found.items()):
         for gpu, sets in by_gpu.items():
@@ -178,21 +173,36 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
                     )
                 else:
                     failed += several
-            for names, choice in chosen.items():
-                if MOVES_ONCE in names:
-                    rest = tuple(name for name in names if name != MOVES_ONCE)
-                    denoiser = tuple(name for name in rest if not name.startswith("vae_"))  # steps as long as those
-                    timed = [c for other in (rest, denoiser) if (c := chosen.get(other)) and c.record.time.step_s]
-                    alike = [other for other in timed if _software(other) == _software(choice)]
-                    chosen[names] = replace(choice, unmoved=next(iter(alike), None))
             if chosen:
-                choices.setdefault(workload, {})[gpu] = chosen
+                mended = {names: replace(choice, unmoved=_unmoved(choice, chosen)) for names, choice in chosen.items()}
+                choices.setdefault(workload, {})[gpu] = mended
     unknown: dict[str, Choice] = {}
     for choice in failed:
         known = any(choice.optimizations in sets for sets in choices.get(choice.workload, {}).values())
         if not known or choice.record.case.limit_bytes is not None:
             unknown[choice.record.id] = choice
     return Evidence(runs, choices, checks, list(unknown.values()), aliases)
+
+
+def _add_checks(found: _Found, checks: Iterable[Choice]) -> None:
+    """What a GPU ran under limits alone, where its need is simulated: of several the one with most room, the newest."""
+    for check in sorted(checks, key=lambda check: check.record.case.limit_bytes or 0):
+        by_gpu = found.setdefault(check.workload, {})
+        sets = by_gpu.get(check.gpu_key, {})
+        with_room = any(choice.record.case.limit_bytes is None for choice in sets.get(check.optimizations, ()))
+        simulated = check.estimated or (check.need_bytes is None and check.optimizations in by_gpu.get(None, {}))
+        if check.record.status == "ok" and simulated and not with_room:
+            by_gpu.setdefault(check.gpu_key, {})[check.optimizations] = [check]
+
+
+def _unmoved(choice: Choice, others: Sets) -> Choice | None:
+    """The timed set without model offload, if the choice has that; its VAE may work otherwise: steps are as long."""
+    if MOVES_ONCE not in choice.optimizations:
+        return None
+    rest = tuple(name for name in choice.optimizations if name != MOVES_ONCE)
+    denoiser = tuple(name for name in rest if not name.startswith("vae_"))
+    timed = [other for names in (rest, denoiser) if (other := others.get(names)) and other.record.time.step_s]
+    return next((other for other in timed if _software(other) == _software(choice)), None)
 
 
 def _chosen(speak: Sequence[Choice], several: Sequence[Choice]) -> Choice:

@@ -198,7 +198,8 @@ def recommended(workload: Workload, cards: Sequence[Card], evidence: Evidence) -
     is and all weights on the GPU.
 
     Full speed is within `same_time` of such a choice that was timed on the same GPU, the one that would be taken with
-    room for all of them. Where no such choice fits any card, any other may that was timed.
+    room for all of them. Where no such choice fits any card, any other may that was timed; of an estimate, which has no
+    time, only one whose weights are all on the GPU.
     """
     buyable = [card for card in cards if _is_buyable(card)]
     roomy = sorted(buyable, key=lambda card: card.usable_bytes, reverse=True)
