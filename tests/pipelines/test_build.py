@@ -271,6 +271,19 @@ def test_an_optimization_is_seen_to_take_effect_or_not(
     assert seen() is applied
 
 
+@pytest.mark.parametrize(("kept", "applied"), [([], True), (["vae"], True), (["vae", "text_encoder"], False)])
+def test_model_offload_is_seen_where_a_network_waits_in_host_memory(
+    tiny: Model, kept: list[str], applied: bool
+) -> None:
+    pipe = random_pipeline(tiny, torch.float32, "cpu")
+    for name in kept:
+        getattr(pipe, name).to("meta")  # some pipelines keep a network on the GPU
+    seen = chosen(["model_offload"])[0].watch(pipe, "unet")
+    assert not seen(), "the denoiser has not run"
+    pipe.unet(torch.zeros(1, 4, 4, 4), 0, torch.zeros(1, 4, pipe.unet.config.cross_attention_dim))
+    assert seen() is applied
+
+
 @pytest.mark.parametrize("name", ["attention_slicing", "vae_slicing", "vae_tiling", "channels_last", "fused_qkv"])
 def test_an_optimization_that_was_not_applied_is_not_seen(tiny: Model, name: str) -> None:
     pipe = random_pipeline(tiny, torch.float32, "cpu")

@@ -30,14 +30,14 @@ class ModelOffload(Optimization):
     def watch(self, pipe: Any, denoiser: str) -> Seen:
         from pytest_vram.pipelines.build import networks
 
-        alone: list[bool] = []
+        away: list[bool] = []
         others = [network for name, network in networks(pipe).items() if name != denoiser]
 
-        def note(*_: Any) -> None:
-            alone.append(all(next(network.parameters()).device.type == "cpu" for network in others))
+        def note(*_: Any) -> None:  # not all of them: some pipelines keep a network of theirs on the GPU
+            away.append(any(next(network.parameters()).device.type == "cpu" for network in others))
 
         getattr(pipe, denoiser).register_forward_hook(note)
-        return lambda: bool(alone) and all(alone)
+        return lambda: bool(away) and all(away)
 
     def simulate(self, pipe: Any, denoiser: str, recorder: "Recorder") -> Seen:
         from pytest_vram.pipelines.offload import one_network_at_a_time
