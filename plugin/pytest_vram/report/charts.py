@@ -317,8 +317,9 @@ def _one_line(choice: Choice) -> str:
 
 
 def _choices(workload: Workload, facts: Facts) -> list[Choice]:
-    """The measured choices of a workload, else the estimated ones."""
-    return _known(facts.evidence.measured(workload)) or _known(facts.evidence.estimated(workload))
+    """The measured choices of a workload; the estimated ones too where no dtype alone was measured."""
+    measured, estimated = _known(facts.evidence.measured(workload)), _known(facts.evidence.estimated(workload))
+    return measured if any(not choice.flags for choice in measured) else [*measured, *estimated]
 
 
 def _by_memory(facts: Facts) -> list[Workload]:

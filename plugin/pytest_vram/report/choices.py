@@ -291,11 +291,12 @@ def against(choice: Choice, plain: Choice) -> tuple[int | None, float | None]:
 
 
 def baseline(choices: Sequence[Choice]) -> Choice:
-    """The choice that the others of a workload are compared with: a dtype alone, else the fewest optimizations."""
+    """The choice that the others of a workload are compared with: a dtype alone, else what moves weights least often,
+    with the fewest optimizations."""
     by_set = {choice.optimizations: choice for choice in choices}
     plain = [by_set[(dtype,)] for dtype in DTYPES if (dtype,) in by_set]
     plain.sort(key=lambda choice: choice.gpu is not None and choice.estimated)  # timed, but its need not searched
-    return plain[0] if plain else min(choices, key=lambda choice: len(choice.optimizations))
+    return plain[0] if plain else min(choices, key=lambda choice: (choice.moves, len(choice.optimizations)))
 
 
 def without_idle_flags(choices: Sequence[Choice], searched: Collection[tuple[str, ...]] = ()) -> list[Choice]:
