@@ -13,6 +13,7 @@ import pytest
 
 from pytest_vram.cases.models import read_models
 from pytest_vram.measure import machine, nvml
+from pytest_vram.measure.locking import visible_gpus
 from pytest_vram.records.files import read_journal, read_run
 from pytest_vram.records.schema import Record, Run
 
@@ -26,10 +27,11 @@ PATIENCE_S = 120.0
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu() -> nvml.Gpu:
-    try:
-        return nvml.gpus()[0]
-    except nvml.NvmlUnavailable as error:
-        pytest.skip(str(error))
+    """The first that CUDA uses."""
+    gpus = visible_gpus(1)
+    if not gpus:
+        pytest.skip("no GPU that CUDA uses")
+    return gpus[0]
 
 
 def command(results: Path, *options: str) -> list[str]:
@@ -292,9 +294,10 @@ def test_a_case_on_each_gpu(tmp_path: Path) -> None:
     one, several = found
     assert several.complete
     assert [record.id for record in several.records] == [record.id for record in one.records]
-    if len(nvml.gpus()) > 1:
+    gpus = visible_gpus(None) or []
+    if len(gpus) > 1:
         parts = several.environment["merged"]
-        assert len({part["gpu_uuid"] for part in parts}) == len(parts) == min(len(nvml.gpus()), len(one.records))
+        assert len({part["gpu_uuid"] for part in parts}) == len(parts) == min(len(gpus), len(one.records))
     for alone, beside in zip(one.records, several.records, strict=True):
         assert beside.memory.allocated_peak_bytes == alone.memory.allocated_peak_bytes
         assert beside.memory.estimated_need_bytes == alone.memory.estimated_need_bytes
