@@ -23,6 +23,7 @@ settings.load_profile("quick")
 
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
     del os.environ[name]  # what the tests start is no worker of theirs
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a hundred sessions would compile the plugin anew, half a second each
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -283,7 +283,7 @@ def started(project: pytest.Pytester) -> Iterator[Callable[..., "subprocess.Pope
     folder = project.mkdir("temporary")
 
     def start(*options: str) -> "subprocess.Popen[str]":
-        arguments = command("--vram-device=cpu", "--vram-rounds=30", "--vram-optimizations=fp32", *options)
+        arguments = command("--vram-device=cpu", "--vram-rounds=10", "--vram-optimizations=fp32", *options)
         process = subprocess.Popen(
             arguments,
             cwd=project.path,
@@ -357,7 +357,7 @@ def test_ctrl_c_finishes_the_file_and_resume_goes_on(
     assert first.records[1].failure.message == "interrupted"
     assert "run file: " in output
 
-    result = run(project, "--vram-device=cpu", "--vram-optimizations=fp32", "--vram-rounds=30", "--vram-resume")
+    result = run(project, "--vram-device=cpu", "--vram-optimizations=fp32", "--vram-rounds=10", "--vram-resume")
     result.assert_outcomes(passed=2)
     whole = run_of(project, "cpu")
     assert whole.complete
@@ -377,7 +377,7 @@ def test_killing_pytest_loses_the_case_in_flight_alone(
     process.wait()
     all_gone(processes)
     assert [record.status for record in read_journal(journal).records] == ["ok"]
-    result = run(project, "--vram-device=cpu", "--vram-optimizations=fp32", "--vram-rounds=30", "--vram-resume")
+    result = run(project, "--vram-device=cpu", "--vram-optimizations=fp32", "--vram-rounds=10", "--vram-resume")
     result.assert_outcomes(passed=2)
     assert run_of(project, "cpu").complete
 

@@ -670,9 +670,15 @@ def test_times_that_the_gpu_decides_are_told_apart(lag_s: float | None, expected
     assert names(frontier(choices(*records))) == expected
 
 
-def test_estimates_and_idle_flags_are_not_on_the_frontier() -> None:
-    records = [unsearched("a", 2 * GIB), out_of_memory("b", 3 * GIB), measured("fp16"), idle("fp16+c", "c")]
+def test_what_was_not_timed_and_idle_flags_are_not_on_the_frontier() -> None:
+    records = [measured("a", 2 * GIB, None), out_of_memory("b", 3 * GIB), measured("fp16"), idle("fp16+c", "c")]
     assert names(frontier(choices(*records))) == ["fp16"]
+
+
+@pytest.mark.parametrize(("need", "expected"), [(19 * GIB // 2 - 1, ["a", "fp16"]), (39 * GIB // 4, ["fp16"])])
+def test_what_was_timed_with_a_simulated_need_is_on_the_frontier(need: int, expected: list[str]) -> None:
+    records = [unsearched("a", need, seconds=9.0), measured("fp16", 10 * GIB, 1.0)]
+    assert names(frontier(choices(*records))) == expected
 
 
 @pytest.mark.parametrize(("more", "expected"), [(64 * MIB, ["b"]), (65 * MIB, ["a", "b"])])

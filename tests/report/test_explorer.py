@@ -118,9 +118,9 @@ def test_a_row_names_every_run_that_its_figures_come_from(made: dict[str, Any], 
         first, *others = row["runs"].split()
         assert first == document.tags[choice.memory_run.path], "that of its need"
         assert len({first, *others}) == 1 + len(others)
-        timed = {tag for tag, record in others_of(choice, document) if record.time.median_s is not None}
-        timed |= {document.tags[choice.run.path]}
-        if choice.unmoved and move_is_in_the_steps(choice.record):
+        same = others_of(choice, document)
+        timed = {document.tags[choice.run.path], *(tag for tag, record in same if record.time.median_s is not None)}
+        if choice.unmoved and any(map(move_is_in_the_steps, (choice.record, *(record for _, record in same)))):
             timed |= {document.tags[c.run.path] for c in (choice.unmoved, *choice.unmoved.timed)}
         assert set(others) == timed - {first}
         several += len(others) > 1

@@ -185,8 +185,7 @@ def frontiers(facts: Facts) -> "Figure | None":
     for subject, lead in facts.leads.items():
         sets = {}
         for workload in (lead, *facts.evidence.subjects[subject]):
-            measured = _known(facts.evidence.measured(workload))
-            sets[workload] = [choice for choice in measured if not choice.estimated and choice.call_s]
+            sets[workload] = [choice for choice in _known(facts.evidence.measured(workload)) if choice.call_s]
         workload = max(sets, key=lambda one: len(sets[one]))
         if len(sets[workload]) > 1:
             panels.append((workload, sets[workload]))
@@ -205,7 +204,9 @@ def frontiers(facts: Facts) -> "Figure | None":
         _frontier_panel(axes, choices)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    figure.supxlabel(_more("required memory, GiB", more, "models"), fontsize=9)
+    simulated = any(choice.estimated for _, choices in panels for choice in choices)
+    label = "required memory, GiB" + (" (hollow: estimated)" if simulated else "")
+    figure.supxlabel(_more(label, more, "models"), fontsize=9)
     figure.supylabel("seconds a call", fontsize=9)
     return figure
 
@@ -428,10 +429,12 @@ def _card_lines(axes: "Axes", cards: Iterable[Card], top: float) -> None:
 
 def _frontier_panel(axes: "Axes", choices: Sequence[Choice]) -> None:
     line, plain = frontier(choices), baseline(choices)
-    rest = [choice for choice in choices if choice not in line]
-    axes.plot([_gib(c) for c in rest], [c.call_s or 0 for c in rest], "o", color=FAINT, markersize=4)
-    look: dict[str, Any] = {"drawstyle": "steps-post", "markersize": 5, "color": COLOURS[0]}
-    axes.plot([_gib(c) for c in line], [c.call_s or 0 for c in line], "-s", **look)
+    steps = [(_gib(choice), choice.call_s or 0.0) for choice in line]
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=COLOURS[0])
+    for choice in choices:
+        marker, size, colour = ("s", 5, COLOURS[0]) if choice in line else ("o", 4, FAINT)
+        look: dict[str, Any] = {"color": colour, "markerfacecolor": PAPER if choice.estimated else colour}
+        axes.plot(_gib(choice), choice.call_s or 0.0, marker, markersize=size, **look)
     axes.plot(_gib(plain), plain.call_s or 0, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK)
     largest = max(map(_gib, choices))
     times = [choice.call_s or 0.0 for choice in choices]
