@@ -187,12 +187,12 @@ def test_offloads(set_: str, offloads: bool) -> None:
     ("set_", "moves"),
     [
         ("fp16+vae_tiling", 0),
-        ("fp16+model_offload", 1),
+        ("fp16+model_offload", 2),
         ("fp16+text_encoders_on_cpu", 1),
         ("fp16+text_encoders_dropped", 1),
-        ("fp16+group_offload_leaf_stream", 2),
-        ("fp16+group_offload_leaf_disk", 3),
-        ("fp16+vae_tiling+sequential_offload", 3),
+        ("fp16+group_offload_leaf_stream", 3),
+        ("fp16+group_offload_leaf_disk", 4),
+        ("fp16+vae_tiling+sequential_offload", 4),
     ],
 )
 def test_moves(set_: str, moves: int) -> None:
@@ -670,6 +670,12 @@ def test_times_that_the_gpu_decides_are_told_apart(lag_s: float | None, expected
     assert names(frontier(choices(*records))) == expected
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(3.2, ["b"]), (3.3, ["b", "a"])])
+def test_where_one_time_varies_it_varies_less(seconds: float, expected: list[str]) -> None:
+    on_gpu = measured("a", 10 * GIB, 2.0, time={"gpu_lag_s": 0.5, "step_s": 0.5})
+    assert names(frontier(choices(on_gpu, measured("b", 5 * GIB, seconds)))) == expected
+
+
 def test_what_was_not_timed_and_idle_flags_are_not_on_the_frontier() -> None:
     records = [measured("a", 2 * GIB, None), out_of_memory("b", 3 * GIB), measured("fp16"), idle("fp16+c", "c")]
     assert names(frontier(choices(*records))) == ["fp16"]
@@ -711,6 +717,17 @@ def test_estimates_are_compared_with_what_was_measured() -> None:
     assert [plain.name for plain, _ in evidence.groups(WORKLOAD)] == ["fp16", "fp16"]
     alone = gather([run([estimated("fp16+vae_tiling"), estimated("bf16")], gpu=None)])
     assert [plain.name for plain, _ in alone.groups(WORKLOAD)] == ["bf16"]
+
+
+def test_without_a_dtype_alone_on_a_gpu_that_of_another_is_compared_with_and_no_time() -> None:
+    flagged = [measured("fp16+a", 7 * GIB), measured("fp16+a+b", 6 * GIB)]
+    evidence = gather([run([measured("fp16")]), run(flagged, gpu=RTX_4090)])
+    for plain, found in evidence.groups(WORKLOAD):
+        assert plain.name == "fp16"
+        if found[0].gpu == RTX_4090:
+            assert [against(one, plain) for one in found] == [(3 * GIB, None), (4 * GIB, None)]
+    [(plain, _)] = gather([run([measured("fp16+sequential_offload"), measured("fp16+a+b")])]).groups(WORKLOAD)
+    assert plain.name == "fp16+a+b", "which moves no weights"
 
 
 def test_nothing_is_saved_beside_a_plain_case_that_ran_out_of_memory() -> None:

@@ -74,7 +74,9 @@ METHOD = {
     f"call of the same differs by up to {SAME_TIME:g} times from run to run where the host's CPU decides, and by less "
     f"than {SAME_GPU_TIME:g} where the GPU does: of the sets that fit and are closer than that to the fastest, one "
     "that leaves the image alone is taken, then the one that moves weights least often, then the one with fewest "
-    "flags, then the one that requires least. With text_encoders_dropped the encoding, done once before, is not in it.",
+    "flags, then the one that requires least. To a call of fewer steps the rest is added, each as long as those that "
+    "were timed (of model offload, whose first files do not tell, as without it). Offloads are as fast as the copies "
+    "of the machine that was measured. With text_encoders_dropped the encoding, done once before, is not in it.",
     "Recommended": "the smallest card that runs, at full speed, a set that leaves the image alone and all weights on "
     "the GPU (any that was timed, where none of those fits a card).",
     "Weights": "random unless a run says otherwise: memory and time depend on shapes and dtypes, not on training.",
@@ -191,7 +193,9 @@ class Document:
         so.append(
             f": required {'~' if verdict.estimated else ''}{gib(required)} of {gib(verdict.card.usable_bytes)} GiB"
         )
-        if choice.offloads and (weights := choice.record.memory.weights_bytes):
+        if choice.offloads and choice.host_bytes:
+            so.append(f", {gib(choice.host_bytes)} GiB of host memory")
+        elif choice.offloads and (weights := choice.record.memory.weights_bytes):
             so.append(f", {gib(weights)} GiB of weights in host memory")
         so += [f", {seconds(verdict.call_s)} s on {choice.gpu}"] if verdict.call_s is not None else []
         so += [f" ({choice.workload.label})"] if choice.workload != workload else []
@@ -238,7 +242,7 @@ class Document:
                 rows += [self._requirement(choice, plain, choice in edge) for choice in ordered]
         columns = (
             "size", "batch", "optimizations", "required GiB", "saved", "nvidia-smi GiB", "s", "paid", "at need",
-            "frontier", "host GiB", "disk GiB", "runs",
+            "frontier", "host GiB", "disk GiB", "on", "runs",
         )  # fmt: skip
         return Table(self.title(subject), columns, rows, 3)
 
@@ -262,6 +266,7 @@ class Document:
             Cell("●" if on_the_edge else ""),
             Cell(gib(choice.host_bytes)),
             Cell(gib(choice.disk_bytes)),
+            Cell(choice.gpu or NOTHING),
             Cell(self.tag(choice), "runs"),
         ]
 
@@ -400,7 +405,8 @@ def _for_nothing(choice: Choice, other: Choice) -> list[Cell]:
         return []
     share, times, noise = saved / (other.required_bytes or 1), choice.call_s / other.call_s, same_time(choice, other)
     if (share < -SAME_MEMORY and times > 1 / noise) or (times > noise and share < SAME_MEMORY):
-        return [Cell(signed(-saved / GIB)), Cell(f"×{times:.2f}")]
+        differs = not 1 / noise <= times <= noise
+        return [Cell(signed(-saved / GIB)), Cell(f"×{times:.2f}" if differs else "the same")]
     return []
 
 

@@ -116,8 +116,15 @@ class Evidence:
         return self._candidates[workload]
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
-        """The choices of each GPU, and the estimates, each group after the choice that it is compared with."""
-        groups = [(baseline(choices), choices) for choices in self.by_gpu(workload)]
+        """The choices of each GPU, and the estimates, each group after the choice that it is compared with: one of its
+        own, if a dtype alone is among them, else of all."""
+        every = [choice for choices in (*self.by_gpu(workload), self.estimated(workload)) for choice in choices]
+
+        def compared(choices: Sequence[Choice]) -> Choice:
+            own = baseline(choices)
+            return baseline(every) if own.flags else own
+
+        groups = [(compared(choices), choices) for choices in self.by_gpu(workload)]
         if estimated := self.estimated(workload):
             groups.append((baseline([*self.measured(workload), *estimated]), estimated))
         return groups

@@ -24,7 +24,7 @@ from typing import Literal
 
 from pytest_vram.records.schema import ASSUMED_CONTEXT_BYTES
 from pytest_vram.report.cards import Card
-from pytest_vram.report.choices import Choice, GpuKey, Workload, same_time
+from pytest_vram.report.choices import IN_EACH_STEP, ONCE_A_CALL, Choice, GpuKey, Workload, same_time
 from pytest_vram.report.evidence import Evidence
 
 FREE_SHARE = 0.05  # of what the card gives: driver versions and fragmentation move the need by up to that much
@@ -109,9 +109,10 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, plainly: bool = 
     of one of these the fastest wins. Of those within `same_time` of the fastest, and of what is no slower than one of
     them, a set that leaves the image alone comes first, then the one that moves weights least often, then the one with
     fewest flags, then the one that requires least; and it stands back for a part of its own flags that moves weights
-    less often, or is within `same_time` of it. A set with a flag that was seen to change nothing stands back for the
-    set without it. Where nothing fits, a choice for more of the same (a larger size or batch) is taken if that does: it
-    has room for this.
+    less often, or is within `same_time` of it. What moves weights in each step stands back for a set of a group after
+    it that moves them once a call at most and leaves the image alone. A set with a flag that was seen to change nothing
+    stands back for the set without it. Where nothing fits, a choice for more of the same (a larger size or batch) is
+    taken if that does: it has room for this.
     """
     on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability, plainly), {})
     tight: Verdict | None = None
@@ -135,9 +136,12 @@ def _of_its_own(workload: Workload, card: Card, evidence: Evidence, plainly: boo
 
     groups = [[judge(c, card) for c in wanted(choices)] for choices in _in_order(workload, card, evidence)]
     for outcome in RUNS:
-        for verdicts in groups:
-            if found := [verdict for verdict in verdicts if verdict.outcome == outcome]:
-                return _fastest(found)
+        found = [[verdict for verdict in verdicts if verdict.outcome == outcome] for verdicts in groups]
+        while found:
+            if first := found.pop(0):
+                taken = _fastest(first)
+                calmer = ([v for v in verdicts if _is_calmer(v.choice, taken.choice)] for verdicts in found)
+                return _fastest(next(filter(None, calmer), [taken]))
     judged = [verdict for verdicts in groups for verdict in verdicts]
     tried = evidence.tried(workload)
     judged = judged or [judge(choice, card) for choice in wanted(tried)]
@@ -147,6 +151,12 @@ def _of_its_own(workload: Workload, card: Card, evidence: Evidence, plainly: boo
 
 def _is_plain(choice: Choice) -> bool:
     return not (choice.changes_image or choice.moves)
+
+
+def _is_calmer(choice: Choice, than: Choice) -> bool:
+    """Whether it moves weights once a call at most, and leaves the image alone, where the other moves them in each
+    step: that decides with no time."""
+    return choice.moves < IN_EACH_STEP <= than.moves and not choice.changes_image
 
 
 def _in_order(workload: Workload, card: Card, evidence: Evidence) -> list[list[Choice]]:
@@ -175,7 +185,7 @@ def _fastest(verdicts: Sequence[Verdict]) -> Verdict:
     def cost(verdict: Verdict) -> tuple[int, bool, int, int, int, float]:
         choice, changes = verdict.choice, verdict.choice.changes_image
         # where no time tells what a set costs: to change the image is as bad as to move weights once a call
-        untimed = max(choice.moves, int(changes)) if seconds(verdict) == float("inf") else 0
+        untimed = max(choice.moves, ONCE_A_CALL * changes) if seconds(verdict) == float("inf") else 0
         return untimed, changes, choice.moves, len(choice.flags), verdict.required_bytes or 0, seconds(verdict)
 
     def as_fast_as(first: Verdict, among: Iterable[Verdict]) -> list[Verdict]:
