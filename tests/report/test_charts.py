@@ -7,8 +7,10 @@ from xml.etree import ElementTree
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from pytest_vram.records.schema import Record
@@ -168,6 +170,35 @@ def test_the_frontier_is_of_the_workload_with_most_sets_and_begins_with_the_mode
     titles = [text.split("\n") for text in texts if "batch" in text]
     assert [title[0] for title in titles] == ["b", "model-00"]
     assert "33 frames" in titles[0][1]
+
+
+def places(line: Line2D) -> list[list[float]]:
+    found: list[list[float]] = np.asarray(line.get_xydata()).tolist()
+    return found
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_a_frontier_has_what_was_timed_and_what_is_simulated_is_hollow(simulated: bool) -> None:
+    memory = {"need_bytes": None, "required_bytes": None, "estimated_need_bytes": 2000 * MIB} if simulated else {}
+    offload = record(id="b", case={"optimizations": ["fp16", "model_offload"]}, memory=memory)
+    figure = drawn("frontiers", facts_of(record(), offload))
+    line, *points, _ = figure.axes[0].lines
+    hollow = {point.get_markerfacecolor() != point.get_color() for point in points}
+    assert len(points) == 2
+    assert hollow == ({True, False} if simulated else {False})
+    assert any("hollow" in text for text in words(figure)) is simulated
+    squares = [place for point in points if point.get_marker() == "s" for place in places(point)]
+    assert sorted(squares) == sorted(places(line))
+
+
+def test_the_bar_of_a_model_is_that_of_its_dtype_alone_if_only_estimated() -> None:
+    flagged = record(case={"optimizations": ["fp16", "sequential_offload"]})
+    assert any("sequential_offload" in text for text in words(drawn("required_by_model", facts_of(flagged))))
+    report = a_report(a_run(flagged), a_run(estimate(), gpu=None))
+    document = report.document()
+    texts = words(drawn("required_by_model", Facts(document.evidence, document.leads, report.cards)))
+    assert not any("sequential_offload" in text for text in texts)
+    assert any("~" in text for text in texts)
 
 
 def test_estimates_are_marked_in_the_map_and_the_bars() -> None:

@@ -694,6 +694,12 @@ def test_needs_closer_than_they_are_known_are_one(more: int, expected: list[str]
     assert names(frontier(choices(slow, fast))) == expected
 
 
+def test_of_two_needs_the_one_that_is_known_less_decides() -> None:
+    slow = measured("a", 10 * GIB, 9.0, memory={"need_tolerance_bytes": 64 * MIB})
+    fast = measured("b", 10 * GIB + 65 * MIB, 1.0, memory={"need_tolerance_bytes": 66 * MIB})
+    assert names(frontier(choices(slow, fast))) == ["b"]
+
+
 def test_what_is_not_on_the_frontier_is_beaten_by_something_that_is() -> None:
     needs, times = (4, 7, 11, 13), (1.0, 1.1, 1.3, 1.7, 3.0)
     points = [(f"s{need}_{n}", need, times[(need * (n + 3)) % 5]) for need in needs for n in range(3)]
