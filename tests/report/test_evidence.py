@@ -694,6 +694,27 @@ def test_needs_closer_than_they_are_known_are_one(more: int, expected: list[str]
     assert names(frontier(choices(slow, fast))) == expected
 
 
+def test_what_ran_out_of_memory_since_is_not_on_the_frontier() -> None:
+    records = [
+        unsearched("fp16", 12 * GIB, seconds=1.0),
+        measured("fp16+a", 30 * GIB, 9.0),
+        out_of_memory(need=12 * GIB),
+    ]
+    assert names(frontier(choices(*records))) == ["fp16+a"]
+
+
+def test_a_simulated_need_counts_as_the_most_that_it_may_be() -> None:
+    records = [unsearched("fp16+s", 99 * GIB // 10, seconds=3.8), measured("fp16", 10 * GIB, 2.0)]
+    assert names(frontier(choices(*records))) == ["fp16"]
+
+
+@pytest.mark.parametrize(("retries", "expected"), [(0, ["b", "a"]), (1, ["b"])])
+def test_a_time_with_retries_of_the_allocator_varies(retries: int, expected: list[str]) -> None:
+    on_gpu = {"gpu_lag_s": 0.5, "step_s": 0.5}
+    retried = measured("b", 5 * GIB, 3.0, time=on_gpu, memory={"alloc_retries": retries})
+    assert names(frontier(choices(measured("a", 10 * GIB, 2.0, time=on_gpu), retried))) == expected
+
+
 def test_of_two_needs_the_one_that_is_known_less_decides() -> None:
     slow = measured("a", 10 * GIB, 9.0, memory={"need_tolerance_bytes": 64 * MIB})
     fast = measured("b", 10 * GIB + 65 * MIB, 1.0, memory={"need_tolerance_bytes": 66 * MIB})

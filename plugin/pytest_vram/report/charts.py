@@ -179,16 +179,16 @@ def memory_by_resolution(facts: Facts) -> "Figure | None":
 
 
 def frontiers(facts: Facts) -> "Figure | None":
-    """A panel a model, of the workload with most sets, and of most sets first: each by required memory and time; the
-    line joins those that no other beats in both."""
+    """A panel a model, of the workload and GPU with most sets, and of most sets first: each by required memory and
+    time; the line joins those that buy something."""
     panels = []
     for subject, lead in facts.leads.items():
-        sets = {}
-        for workload in (lead, *facts.evidence.subjects[subject]):
-            sets[workload] = [choice for choice in _known(facts.evidence.measured(workload)) if choice.call_s]
-        workload = max(sets, key=lambda one: len(sets[one]))
-        if len(sets[workload]) > 1:
-            panels.append((workload, sets[workload]))
+        workloads = dict.fromkeys((lead, *facts.evidence.subjects[subject]))
+        groups = ((workload, _known(choices)) for workload in workloads for choices in facts.evidence.by_gpu(workload))
+        timed = [(workload, [choice for choice in choices if choice.call_s]) for workload, choices in groups]
+        workload, choices = max(timed, key=lambda group: len(group[1]), default=(lead, []))
+        if len(choices) > 1:
+            panels.append((workload, choices))
     if not panels:
         return None
     panels.sort(key=lambda panel: -len(panel[1]))
@@ -200,12 +200,12 @@ def frontiers(facts: Facts) -> "Figure | None":
     figure = Figure(figsize=(3.5 * columns + 0.6, 3.4 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (workload, choices) in zip(grid.flat, panels, strict=False):
-        axes.set_title(_two_lines(workload), fontsize=9)
+        axes.set_title(f"{_two_lines(workload)}\n{short(choices[0].gpu or '', 34)}", fontsize=9)
         _frontier_panel(axes, choices)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     simulated = any(choice.estimated for _, choices in panels for choice in choices)
-    label = "required memory, GiB" + (" (hollow: estimated)" if simulated else "")
+    label = "required memory, GiB" + (" (hollow: simulated)" if simulated else "")
     figure.supxlabel(_more(label, more, "models"), fontsize=9)
     figure.supylabel("seconds a call", fontsize=9)
     return figure
@@ -286,8 +286,9 @@ CHARTS: tuple[tuple[Callable[[Facts], "Figure | None"], str, str], ...] = (
     (
         frontiers,
         "Memory and time",
-        "Each point is a set, the circle the plain dtype. The line joins those that are more than "
-        f"{SAME_GPU_TIME:g} times faster than all that require less; {SAME_TIME:g} times where the host's CPU decides.",
+        "Each point is a set, the circle the plain dtype; hollow: its need is simulated. The line joins those that are "
+        f"more than {SAME_GPU_TIME:g} times faster than all that require less; {SAME_TIME:g} times where the host's "
+        "CPU decides.",
     ),
     (phases, "Phases", "Where the memory peaks, and where the time goes."),
     (estimates, "Estimate and measurement", "The need as simulated with no GPU, against the need that was searched."),
@@ -318,9 +319,10 @@ def _one_line(choice: Choice) -> str:
 
 
 def _choices(workload: Workload, facts: Facts) -> list[Choice]:
-    """The measured choices of a workload; the estimated ones too where no dtype alone was measured."""
-    measured, estimated = _known(facts.evidence.measured(workload)), _known(facts.evidence.estimated(workload))
-    return measured if any(not choice.flags for choice in measured) else [*measured, *estimated]
+    """The choices of the first GPU that measured a dtype alone of this workload; without one all, and estimates."""
+    groups = [_known(choices) for choices in facts.evidence.by_gpu(workload)]
+    plain = next((choices for choices in groups if any(not choice.flags for choice in choices)), None)
+    return plain or [*(c for choices in groups for c in choices), *_known(facts.evidence.estimated(workload))]
 
 
 def _by_memory(facts: Facts) -> list[Workload]:

@@ -298,11 +298,11 @@ def against(choice: Choice, plain: Choice) -> tuple[int | None, float | None]:
 
 def baseline(choices: Sequence[Choice]) -> Choice:
     """The choice that the others of a workload are compared with: a dtype alone, else what moves weights least often,
-    with the fewest optimizations."""
+    with the fewest optimizations, on one GPU before on several."""
     by_set = {choice.optimizations: choice for choice in choices}
     plain = [by_set[(dtype,)] for dtype in DTYPES if (dtype,) in by_set]
     plain.sort(key=lambda choice: choice.gpu is not None and choice.estimated)  # timed, but its need not searched
-    return plain[0] if plain else min(choices, key=lambda choice: (choice.moves, len(choice.optimizations)))
+    return plain[0] if plain else min(choices, key=lambda c: (len(c.gpus), c.moves, len(c.optimizations)))
 
 
 def without_idle_flags(choices: Sequence[Choice], searched: Collection[tuple[str, ...]] = ()) -> list[Choice]:
@@ -325,17 +325,20 @@ def for_one_gpu(choices: Sequence[Choice], searched: Collection[tuple[str, ...]]
 
 
 def same_time(*choices: Choice) -> float:
-    """The factor by which the times of these may differ and say nothing."""
-    vary = [host_bound(choice.record) is not False for choice in choices]
+    """The factor by which the times of these may differ and say nothing: those that the host's CPU decides, and those
+    whose allocator had to free and try again, by more."""
+    vary = [bool(c.record.memory.alloc_retries) or host_bound(c.record) is not False for c in choices]
     return SAME_TIME if all(vary) else SAME_TIME_OF_ONE if any(vary) else SAME_GPU_TIME
 
 
 def frontier(choices: Sequence[Choice]) -> list[Choice]:
     """Of those that were timed the ones that buy something, least memory first: each is faster than all that require
-    less, by more than identical work was seen to differ, and those require less by more than the needs are known to."""
+    less, by more than identical work was seen to differ, and those require less by more than the needs are known to. A
+    simulated need counts as the most that it may be."""
     found: list[Choice] = []
-    figures = [(choice.required_bytes, choice.call_s, choice) for choice in for_one_gpu(choices)]
-    known = [(required, seconds, choice) for required, seconds, choice in figures if required and seconds]
+    completed = [choice for choice in for_one_gpu(choices) if choice.gpu is not None and not choice.at_least_bytes]
+    figures = [(c.required_bytes, c.call_s, _known_to(c) if c.estimated else 0, c) for c in completed]
+    known = [(required + more, seconds, c) for required, seconds, more, c in figures if required and seconds]
     for _, seconds, choice in sorted(known, key=lambda known: known[:2]):
         if not found or seconds * same_time(choice, found[-1]) < (found[-1].call_s or 0):
             found.append(choice)

@@ -34,7 +34,8 @@ class ModelOffload(Optimization):
         others = [network for name, network in networks(pipe).items() if name != denoiser]
 
         def note(*_: Any) -> None:  # not all of them: some pipelines keep a network of theirs on the GPU
-            away.append(any(next(network.parameters()).device.type == "cpu" for network in others))
+            weights = (weight for network in others for weight in network.parameters())
+            away.append(not others or any(weight.device.type == "cpu" for weight in weights))
 
         getattr(pipe, denoiser).register_forward_hook(note)
         return lambda: bool(away) and all(away)
