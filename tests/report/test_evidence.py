@@ -753,6 +753,10 @@ def test_without_a_dtype_alone_on_a_gpu_that_of_another_is_compared_with_and_no_
         assert plain.name == "fp16"
         if found[0].gpu == RTX_4090:
             assert [against(one, plain) for one in found] == [(3 * GIB, None), (4 * GIB, None)]
+    later = run([unsearched("fp16", 20 * GIB)], gpu="NVIDIA Later")
+    evidence = gather([run([measured("fp16")]), run(flagged[:1], gpu=RTX_4090), later])
+    [plain] = [plain for plain, found in evidence.groups(WORKLOAD) if found[0].gpu == RTX_4090]
+    assert plain.need_bytes == 10 * GIB, "of the GPU that searched most"
     [(plain, _)] = gather([run([measured("fp16+sequential_offload"), measured("fp16+a+b")])]).groups(WORKLOAD)
     assert plain.name == "fp16+a+b", "which moves no weights"
 

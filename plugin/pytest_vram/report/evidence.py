@@ -116,18 +116,12 @@ class Evidence:
         return self._candidates[workload]
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
-        """The choices of each GPU, and the estimates, each group after the choice that it is compared with: one of its
-        own, if a dtype alone is among them, else of all."""
-        every = [choice for choices in (*self.by_gpu(workload), self.estimated(workload)) for choice in choices]
-
-        def compared(choices: Sequence[Choice]) -> Choice:
-            own = baseline(choices)
-            return baseline(every) if own.flags else own
-
-        groups = [(compared(choices), choices) for choices in self.by_gpu(workload)]
-        if estimated := self.estimated(workload):
-            groups.append((baseline([*self.measured(workload), *estimated]), estimated))
-        return groups
+        """The choices of each GPU, and the estimates, each group after the choice that it is compared with: a dtype
+        alone of its own GPU, else that of all, of the GPU that searched most."""
+        groups = [choices for choices in (*self.by_gpu(workload), self.estimated(workload)) if choices]
+        of_all = baseline([choice for choices in reversed(groups) for choice in choices])  # of one set the last counts
+        own = [baseline(choices) for choices in groups]
+        return [(of_all if one.flags or not one.gpu else one, found) for one, found in zip(own, groups, strict=True)]
 
 
 def gather(runs: Sequence[ReadRun]) -> Evidence:

@@ -13,7 +13,7 @@ from pytest_vram.cases.models import Model
 from pytest_vram.errors import UsageError, printable
 from pytest_vram.records.reading import ReadRun
 from pytest_vram.report.cards import Card
-from pytest_vram.report.choices import SAME_GPU_TIME, SAME_TIME, SAME_TIME_OF_ONE
+from pytest_vram.report.choices import SAME_GPU_TIME, SAME_TIME, SAME_TIME_OF_ONE, SIMULATED_SHARE
 from pytest_vram.report.document import METHOD, Document, Table
 from pytest_vram.report.evidence import gather
 from pytest_vram.report.explorer import explorer
@@ -158,6 +158,7 @@ class Report:
             "refused": [f"{document.tags[run.path]}: {line}" for run in self.runs for line in run.refused],
             "method": {**METHOD, **document.caveats},
             "same_time": f"{SAME_TIME:g}",
+            "simulated_more": f"{SIMULATED_SHARE * 100:.0f}",
             "same_time_of_one": f"{SAME_TIME_OF_ONE:.1f}",
             "same_gpu_time": f"{SAME_GPU_TIME:g}",
             "elsewhere_mib": document.elsewhere_mib,
