@@ -1,15 +1,17 @@
 """A model of PyTorch's CUDA caching allocator, and the replay of a trace of allocations through it.
 
-It follows c10/cuda/CUDACachingAllocator.cpp (native backend, one stream): sizes rounded to 512 B; requests of at most
-1 MiB from 2 MiB segments; below 10 MiB from 20 MiB segments; above that from segments rounded to 2 MiB; best fit,
-splitting, merging, and a flush of unused segments before it gives up. With expandable segments each pool is one range
-of addresses, in which pages are mapped where they are needed, and free ones unmapped before it gives up.
+It follows c10/cuda/CUDACachingAllocator.cpp (native backend): sizes rounded to 512 B; requests of at most 1 MiB from
+2 MiB segments; below 10 MiB from 20 MiB segments; above that from segments rounded to 2 MiB; best fit, splitting,
+merging, and a flush of unused segments before it gives up. Each stream has pools of its own. With expandable segments
+each pool is one range of addresses, in which pages are mapped where they are needed, and free ones unmapped before it
+gives up.
 """
 
 import contextlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 MIB = 1 << 20
 ROUNDING = 512
@@ -22,7 +24,8 @@ UNLIMITED = 1 << 62
 
 Event = tuple[int, "int | tuple[int, ...] | str"]
 """(n, bytes) takes block n; (-n, 0) gives it back; (0, (bytes, …)) is an optional workspace, the first that there is
-room for, taken and given back at once; (0, "empty_cache"); (0, "enter:PHASE")."""
+room for, taken and given back at once; (0, "empty_cache"); (0, "enter:PHASE"); (0, "stream:N") makes stream N the one
+that blocks are taken for, which is 0 at first."""
 
 
 class OutOfMemory(Exception):
@@ -37,16 +40,22 @@ def rounded(size: int, unit: int) -> int:
 class Block:
     """A piece of a segment: in use, free and in its pool, or addresses that no page is mapped to."""
 
-    __slots__ = ("address", "after", "before", "free", "mapped", "size", "small")
+    __slots__ = ("address", "after", "before", "free", "mapped", "pool", "size")
 
-    def __init__(self, address: int, size: int, small: bool, before: "Block | None", after: "Block | None") -> None:
-        self.address, self.size, self.small = address, size, small
+    def __init__(self, address: int, size: int, pool: "Pool", before: "Block | None", after: "Block | None") -> None:
+        self.address, self.size, self.pool = address, size, pool
         self.before, self.after = before, after
         self.free = False
         self.mapped = True
 
 
-Pool = list[tuple[int, int, Block]]
+class Pool:
+    """What is free for one stream's small requests, or for its large ones."""
+
+    def __init__(self, small: bool) -> None:
+        self.small = small
+        self.free: list[tuple[int, int, Block]] = []  # sorted by size and address
+        self.unmapped: list[Block] = []  # by address
 
 
 class Allocator:
@@ -56,19 +65,29 @@ class Allocator:
 
     def __init__(self, cap: int = UNLIMITED) -> None:
         self.cap = cap
-        self.pools: tuple[Pool, Pool] = ([], [])  # large and small, sorted by size and address
+        self.pools: dict[int, tuple[Pool, Pool]] = {}  # by stream: large and small
+        self.take_for(0)
         self.top = 0
         self.idle_segments = 0  # free as a whole
         self.reserved = self.allocated = self.reserved_peak = self.allocated_peak = 0
+
+    def take_for(self, stream: int) -> None:
+        """From now on blocks are taken for this stream."""
+        if stream not in self.pools:
+            self.pools[stream] = self._make_pool(small=False), self._make_pool(small=True)
+        self.stream = stream
+
+    def _make_pool(self, small: bool) -> Pool:
+        return Pool(small)
 
     def empty_cache(self) -> None:
         """Give back the segments that are free as a whole."""
         if not self.idle_segments:
             return
         self.idle_segments = 0
-        for pool in self.pools:
-            self.reserved -= sum(size for size, _, block in pool if not (block.before or block.after))
-            pool[:] = [entry for entry in pool if entry[2].before or entry[2].after]
+        for pool in chain.from_iterable(self.pools.values()):
+            self.reserved -= sum(size for size, _, block in pool.free if not (block.before or block.after))
+            pool.free[:] = [entry for entry in pool.free if entry[2].before or entry[2].after]
 
     def _make_room(self, size: int) -> None:
         if self.reserved + size > self.cap:
@@ -80,29 +99,28 @@ class Allocator:
         self.reserved += size
         self.reserved_peak = max(self.reserved_peak, self.reserved)
 
-    def _best_fit(self, size: int, small: bool) -> Block | None:
-        pool = self.pools[small]
-        at = bisect_left(pool, (size,))
-        if at == len(pool):
+    def _best_fit(self, size: int, pool: Pool) -> Block | None:
+        at = bisect_left(pool.free, (size,))
+        if at == len(pool.free):
             return None
-        block = pool.pop(at)[2]
+        block = pool.free.pop(at)[2]
         self.idle_segments -= not (block.before or block.after)
         return block
 
-    def _more(self, size: int, small: bool) -> Block:
-        size = segment_size(size, small)
+    def _more(self, size: int, pool: Pool) -> Block:
+        size = segment_size(size, pool.small)
         self._make_room(size)
         self._reserve(size)
         self.top += size + (1 << 30)  # segments are never neighbours
-        return Block(self.top - size, size, small, None, None)
+        return Block(self.top - size, size, pool, None, None)
 
     def malloc(self, size: int) -> Block:
         """A block of at least `size` bytes; raises OutOfMemory under the cap."""
         size = max(ROUNDING, rounded(size, ROUNDING))
-        small = size <= SMALL
-        block = self._best_fit(size, small) or self._more(size, small)
+        pool = self.pools[self.stream][size <= SMALL]
+        block = self._best_fit(size, pool) or self._more(size, pool)
         rest = block.size - size
-        if rest >= (ROUNDING if small else self.least_rest):
+        if rest >= (ROUNDING if pool.small else self.least_rest):
             other = _split(block, size)
             other.free = True
             self._keep(other)
@@ -126,11 +144,11 @@ class Allocator:
                 _absorb(block, other)
 
     def _keep(self, block: Block) -> None:
-        insort(self.pools[block.small], (block.size, block.address, block))
+        insort(block.pool.free, (block.size, block.address, block))
 
     def _take(self, block: Block) -> None:
-        pool = self.pools[block.small]
-        del pool[bisect_left(pool, (block.size, block.address))]
+        free = block.pool.free
+        del free[bisect_left(free, (block.size, block.address))]
 
     def try_workspace(self, sizes: Iterable[int]) -> None:
         """Take and give back the first of these sizes that there is room for: cuDNN has an algorithm for each."""
@@ -150,31 +168,34 @@ class ExpandableAllocator(Allocator):
 
     least_rest = ROUNDING
 
-    def __init__(self, cap: int = UNLIMITED) -> None:
-        super().__init__(cap)  # of which `top` and `idle_segments` stay 0: nothing is a segment of its own
-        large, small = (Block(base, UNLIMITED, bool(base), None, None) for base in (0, UNLIMITED))
-        large.mapped = small.mapped = False
-        self.unmapped = ([large], [small])  # by address
+    # `top` and `idle_segments` stay 0: nothing is a segment of its own
+
+    def _make_pool(self, small: bool) -> Pool:
+        pool = Pool(small)
+        addresses = Block(0, UNLIMITED, pool, None, None)
+        addresses.mapped = False
+        pool.unmapped.append(addresses)
+        return pool
 
     def empty_cache(self) -> None:
         """Unmap the pages that are free as a whole."""
-        for pool in self.pools:
-            for _, _, block in tuple(pool):
+        for pool in chain.from_iterable(self.pools.values()):
+            for _, _, block in tuple(pool.free):
                 self._unmap(block)
 
-    def _best_fit(self, size: int, small: bool) -> Block | None:
+    def _best_fit(self, size: int, pool: Pool) -> Block | None:
         def can_be(block: Block) -> int:
             return block.size + (block.after.size if block.after and not block.after.mapped else 0)
 
-        pool = self.pools[small]
-        at = bisect_left(pool, (size,))
-        while at + 1 < len(pool) and can_be(pool[at + 1][2]) < can_be(pool[at][2]):
+        free = pool.free
+        at = bisect_left(free, (size,))
+        while at + 1 < len(free) and can_be(free[at + 1][2]) < can_be(free[at][2]):
             at += 1  # of what can grow what it can grow to counts
-        return pool.pop(at)[2] if at < len(pool) else None
+        return free.pop(at)[2] if at < len(free) else None
 
-    def _more(self, size: int, small: bool) -> Block:
-        self._make_room(segment_size(size, small))
-        block = self._with_addresses(size, small)
+    def _more(self, size: int, pool: Pool) -> Block:
+        self._make_room(segment_size(size, pool.small))
+        block = self._with_addresses(size, pool)
         if not block.mapped:
             self._map(block, size)
         while block.size < size:
@@ -184,9 +205,9 @@ class ExpandableAllocator(Allocator):
         self._take(block)
         return block
 
-    def _with_addresses(self, size: int, small: bool) -> Block:
+    def _with_addresses(self, size: int, pool: Pool) -> Block:
         """The first block of the lowest run of blocks, free or without pages, that has room for `size` bytes."""
-        for unmapped in self.unmapped[small]:
+        for unmapped in pool.unmapped:
             first = unmapped.before if unmapped.before and unmapped.before.free else unmapped
             found = 0
             block: Block | None = first
@@ -233,10 +254,10 @@ class ExpandableAllocator(Allocator):
         self._remember(block)
 
     def _remember(self, block: Block) -> None:
-        insort(self.unmapped[block.small], block, key=lambda one: one.address)
+        insort(block.pool.unmapped, block, key=lambda one: one.address)
 
     def _forget(self, block: Block) -> None:
-        blocks = self.unmapped[block.small]
+        blocks = block.pool.unmapped
         del blocks[bisect_left(blocks, block.address, key=lambda one: one.address)]
 
 
@@ -248,12 +269,12 @@ def segment_size(size: int, small: bool) -> int:
 
 
 def _page(block: Block) -> int:
-    return SMALL_SEGMENT if block.small else LARGE_SEGMENT
+    return SMALL_SEGMENT if block.pool.small else LARGE_SEGMENT
 
 
 def _split(block: Block, size: int) -> Block:
     """Cut a block after `size` bytes; the rest."""
-    rest = Block(block.address + size, block.size - size, block.small, block, block.after)
+    rest = Block(block.address + size, block.size - size, block.pool, block, block.after)
     if block.after:
         block.after.before = rest
     block.after, block.size = rest, size
@@ -305,6 +326,8 @@ def replay(events: Sequence[Event], cap: int = UNLIMITED, expandable: bool = Fal
             allocator.release(blocks.pop(-number))
         elif value == "empty_cache":
             allocator.empty_cache()
+        elif isinstance(value, str) and value.startswith("stream:"):
+            allocator.take_for(int(value.removeprefix("stream:")))
         elif isinstance(value, str):
             leave()
             phase = value.removeprefix("enter:")

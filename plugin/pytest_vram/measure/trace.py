@@ -135,6 +135,15 @@ class Trace(TorchDispatchMode):
         """The pipeline empties the allocator's cache."""
         self.events.append((0, "empty_cache"))
 
+    @contextmanager
+    def side_stream(self, number: int) -> Iterator[None]:
+        """What comes meanwhile comes by this stream, beside the one that computes."""
+        self.events.append((0, f"stream:{number}"))
+        try:
+            yield
+        finally:
+            self.events.append((0, "stream:0"))
+
     def enter(self, phase: str) -> None:
         """A phase begins."""
         self.events.append((0, f"enter:{phase}"))

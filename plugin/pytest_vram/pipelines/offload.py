@@ -2,8 +2,9 @@
 diffusers make them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -22,6 +23,9 @@ class Recorder(Protocol):
     gpu: int  # of those that a case takes, the one that is simulated
 
     def empty_cache(self) -> None: ...
+
+    def side_stream(self, number: int) -> AbstractContextManager[None]:
+        """What comes meanwhile comes by this stream, beside the one that computes, and takes memory of its own."""
 
     def host(self) -> AbstractContextManager[None]:
         """What is computed meanwhile is computed on the host."""
@@ -137,7 +141,10 @@ def one_layer_at_a_time(networks: Mapping[str, torch.nn.Module], recorder: Recor
 
 
 class _Stream:
-    """Beside which diffusers copies weights; here they have come as soon as they are asked for."""
+    """By which diffusers copies the weights of one network; here they have come as soon as they are asked for."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def synchronize(self) -> None: ...
 
@@ -181,8 +188,9 @@ class _Group:
             raise Inapplicable("this group offload undoes the cast of a network that is cast after it")
         self.loads += 1
         self.offload_device = None  # no weight is where it rests, which is how the hooks ask whether they have come
-        for tensor in tensors:
-            self.recorder.arrive(tensor)
+        with self.recorder.side_stream(self.stream.number) if self.stream else nullcontext():
+            for tensor in tensors:
+                self.recorder.arrive(tensor)
 
     def offload_(self) -> None:
         self.offload_device = self.onload_device
@@ -236,8 +244,7 @@ def groups_at_a_time(
     at once and stay. The allocator's cache is never emptied. The result says whether any group came.
 
     The hooks are diffusers' own; only a group's comings and goings are replaced. What differs with a stream: weights
-    come in no time; they take blocks of the one pool that the recorder knows, and not of the stream's own; and where a
-    group is fetched again before it leaves, no weight is there twice meanwhile. `record_stream` is off: the host waits
+    come in no time; and where a group is fetched again before it leaves, no weight is there twice meanwhile. `record_stream` is off: the host waits
     for the GPU before weights leave, so that their memory is free at once. From `disk` weights come as from host
     memory.
 
@@ -246,14 +253,14 @@ def groups_at_a_time(
             then comes.
     """
     groups: list[_Group] = []
-    side, real_config = _Stream() if stream else None, group_offloading.GroupOffloadingConfig
+    streams, real_config = count(1), group_offloading.GroupOffloadingConfig
 
     def group(**given: Any) -> _Group:
         groups.append(_Group(recorder, disk=disk, **given))
         return groups[-1]
 
-    def config(**given: Any) -> Any:
-        return real_config(**{**given, "stream": side})
+    def config(**given: Any) -> Any:  # of one network
+        return real_config(**{**given, "stream": _Stream(next(streams)) if stream else None})
 
     options: dict[str, Any] = {
         "onload_device": META,
