@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from itertools import permutations
+from itertools import chain, permutations
 
 import pytest
 
@@ -12,6 +12,7 @@ from pytest_vram.measure.allocator import (
     Event,
     ExpandableAllocator,
     OutOfMemory,
+    Pool,
     replay,
     smallest_cap,
 )
@@ -123,6 +124,33 @@ def test_segments_do_not_merge_and_pools_do_not_lend() -> None:
     assert allocator.reserved == 40 * MIB
     allocator.malloc(512)  # though 20 MiB are free in the large pool
     assert allocator.reserved == 42 * MIB
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_streams_do_not_lend_and_are_flushed_together(expandable: bool) -> None:
+    allocator = ExpandableAllocator(64 * MIB) if expandable else Allocator(64 * MIB)
+    allocator.take_for(1)
+    copy = allocator.malloc(40 * MIB)
+    allocator.release(copy)
+    allocator.take_for(0)
+    first = allocator.malloc(20 * MIB)
+    assert held(allocator) == (20, 60), "what stream 1 has free is not stream 0's"
+    allocator.release(first)
+    allocator.take_for(1)
+    assert allocator.malloc(40 * MIB).address == copy.address
+    allocator.take_for(0)
+    allocator.malloc(20 * MIB)
+    assert held(allocator) == (60, 60)
+    allocator.empty_cache()
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(20 * MIB)
+
+
+def test_a_block_goes_back_to_the_stream_it_was_taken_for() -> None:
+    events: list[Event] = [(0, "stream:2"), (1, 30 * MIB), (0, "stream:0"), (-1, 0), (2, 30 * MIB)]
+    assert replay(events).reserved_peak == 60 * MIB
+    assert replay([*events[:-1], (0, "stream:2"), (2, 30 * MIB)]).reserved_peak == 30 * MIB
+    replay(events, cap=30 * MIB)  # it is flushed for the other one
 
 
 def test_empty_cache_gives_back_whole_segments_only() -> None:
@@ -400,6 +428,7 @@ def test_whatever_comes_and_goes_the_books_balance(seed: int) -> None:
     allocator = ExpandableAllocator(draw.choice([1 << 62, draw.randint(30, 600) * MIB]))
     live: list[Block] = []
     for _ in range(draw.randint(20, 150)):
+        allocator.take_for(draw.choice([0, 0, 1]))
         if (what := draw.random()) < 0.55:
             with contextlib.suppress(OutOfMemory):
                 live.append(allocator.malloc(draw.choice([draw.randint(1, MIB), draw.randint(1, 60) * MIB])))
@@ -407,26 +436,28 @@ def test_whatever_comes_and_goes_the_books_balance(seed: int) -> None:
             allocator.release(live.pop(draw.randrange(len(live))))
         elif what > 0.98:
             allocator.empty_cache()
-        assert allocator.reserved == sum(mapped_in_order(allocator, small, live) for small in (False, True))
+        pools = chain.from_iterable(allocator.pools.values())
+        assert allocator.reserved == sum(mapped_in_order(pool, live) for pool in pools)
         assert allocator.reserved <= allocator.cap + 18 * MIB
     for block in live:
         allocator.release(block)
     allocator.empty_cache()
-    assert (allocator.allocated, allocator.reserved, *map(len, allocator.unmapped)) == (0, 0, 1, 1)
+    assert (allocator.allocated, allocator.reserved) == (0, 0)
+    assert {len(pool.unmapped) for pool in chain.from_iterable(allocator.pools.values())} == {1}
 
 
-def mapped_in_order(allocator: ExpandableAllocator, small: bool, live: list[Block]) -> int:
+def mapped_in_order(pool: Pool, live: list[Block]) -> int:
     """Bytes that are mapped in this pool, all of whose blocks are found to be where they belong."""
-    chain = [allocator.unmapped[small][-1]]  # which has no end
-    while (before := chain[0].before) is not None:
-        assert before.after is chain[0]
-        assert before.address + before.size == chain[0].address
-        assert not (before.free and chain[0].free), "free neighbours merge"
-        assert before.mapped or chain[0].mapped, "neighbours without pages merge"
-        chain.insert(0, before)
-    assert chain[0].address == (1 << 62 if small else 0)
-    assert sorted((one.size, one.address) for one in chain if one.free) == [e[:2] for e in allocator.pools[small]]
-    assert [one for one in chain if not one.mapped] == allocator.unmapped[small]
-    used = [one for one in chain if one.mapped and not one.free]
-    assert set(map(id, used)) == {id(one) for one in live if one.small is small}
-    return sum(one.size for one in chain if one.mapped)
+    blocks = [pool.unmapped[-1]]  # which has no end
+    while (before := blocks[0].before) is not None:
+        assert before.after is blocks[0]
+        assert before.address + before.size == blocks[0].address
+        assert not (before.free and blocks[0].free), "free neighbours merge"
+        assert before.mapped or blocks[0].mapped, "neighbours without pages merge"
+        blocks.insert(0, before)
+    assert blocks[0].address == 0
+    assert sorted((one.size, one.address) for one in blocks if one.free) == [e[:2] for e in pool.free]
+    assert [one for one in blocks if not one.mapped] == pool.unmapped
+    used = [one for one in blocks if one.mapped and not one.free]
+    assert set(map(id, used)) == {id(one) for one in live if one.pool is pool}
+    return sum(one.size for one in blocks if one.mapped)

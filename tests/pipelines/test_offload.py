@@ -42,6 +42,9 @@ class Log:
     def host(self) -> nullcontext[None]:
         return nullcontext()
 
+    def side_stream(self, number: int) -> nullcontext[None]:
+        return nullcontext()
+
     def on_host(self, tensor: torch.Tensor) -> None:
         self.lines.append(f"-{self.names[id(tensor)]}")
 
@@ -403,6 +406,27 @@ def in_any_order_where_they_go(lines: Iterable[str]) -> list[str]:
             out += [*sorted(going), line]
             going = []
     return out[:-1]
+
+
+def test_each_network_has_a_stream_of_its_own_as_diffusers_makes_one_for_each() -> None:
+    with torch.device(META):
+        networks = {name: Blocks(size=64).requires_grad_(False) for name in ("encoder", "denoiser")}
+    with torch.no_grad(), OneDevice(), Trace() as trace:
+        groups_at_a_time(networks, trace, leaf=True, stream=True)
+        for network in networks.values():
+            trace.enter("network")
+            network(torch.zeros(1, 64, device=META))
+    layer, stream, taken = 64 * 64 * 4, 0, []
+    for number, value in trace.events:
+        if isinstance(value, str) and value.startswith("stream:"):
+            stream = int(value[-1])
+        elif isinstance(value, str):
+            taken.append(value)
+        elif number > 0:
+            taken.append(f"{stream}" if value == layer else "")
+    first, second = " ".join(taken).removeprefix("enter:network").split("enter:network")
+    assert set(first.split()) == {"1"}
+    assert set(second.split()) == {"2"}
 
 
 def test_two_groups_are_there_at_once_with_a_stream_and_one_without() -> None:

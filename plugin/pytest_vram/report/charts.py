@@ -430,12 +430,15 @@ def _card_lines(axes: "Axes", cards: Iterable[Card], top: float) -> None:
 
 
 def _frontier_panel(axes: "Axes", choices: Sequence[Choice]) -> None:
+    from matplotlib.patheffects import withStroke
+
     line, plain = frontier(choices), baseline(choices)
     steps = [(_gib(choice), choice.call_s or 0.0) for choice in line]
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=COLOURS[0])
     for choice in choices:
         marker, size, colour = ("s", 5, COLOURS[0]) if choice in line else ("o", 4, FAINT)
         look: dict[str, Any] = {"color": colour, "markerfacecolor": PAPER if choice.estimated else colour}
+        look["zorder"] = 4 if choice in line else 2  # above the labels, or beneath
         axes.plot(_gib(choice), choice.call_s or 0.0, marker, markersize=size, **look)
     axes.plot(_gib(plain), plain.call_s or 0, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK)
     largest = max(map(_gib, choices))
@@ -451,7 +454,8 @@ def _frontier_panel(axes: "Axes", choices: Sequence[Choice]) -> None:
         right = _gib(choice) > 0.55 * largest
         x = _gib(choice) + (-0.015 if right else 0.015) * largest
         name = _beside(choice, plain) or choice.name
-        axes.text(x, y, short(name, 46), fontsize=6.5, va="center", ha="right" if right else "left")
+        label = axes.text(x, y, short(name, 46), fontsize=6.5, va="center", ha="right" if right else "left")
+        label.set_path_effects([withStroke(linewidth=1.5, foreground=PAPER)])
         last = y
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
