@@ -27,9 +27,15 @@ runner = CliRunner()
 __all__ = ["pytest_vram_command"]  # a fixture
 
 
+MADE: dict[int, tuple[Report, str, Any]] = {}  # by the report's identity: it has no hash
+
+
 def found_in(document: str, report: Report) -> list[str]:
-    fresh = report.document()
-    return list(differences(document, report.markdown(fresh, ()), report.tables(fresh)))
+    if id(report) not in MADE:
+        fresh = report.document()
+        MADE[id(report)] = report, report.markdown(fresh, ()), report.tables(fresh)
+    _, markdown, tables = MADE[id(report)]
+    return list(differences(document, markdown, tables))
 
 
 def text_of(report: Report) -> str:

@@ -51,7 +51,8 @@ def draw(facts: Facts) -> list[Chart]:
             if figure is not None:
                 name = function.__name__.replace("_", "-")
                 wide = figure.get_figwidth() > 2.2 * figure.get_figheight()
-                figure.draw_without_rendering()  # which makes room for all texts, once for both files
+                if layout := figure.get_layout_engine():
+                    layout.execute(figure)  # which makes room for all texts, once for both files
                 figure.set_layout_engine("none")
                 drawn.append(Chart(name, title, caption, svg(figure), png(figure), wide))
     return drawn

@@ -18,6 +18,7 @@ HATCHES = ("", "///", "..", "xxx", "\\\\\\", "||")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
+DPI = 150  # of the PNG
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -37,7 +38,6 @@ STYLE: dict[str, Any] = {
     "hatch.color": INK,
     "hatch.linewidth": 0.5,
     "legend.frameon": False,
-    "savefig.dpi": 150,
     "svg.fonttype": "path",
     "svg.hashsalt": "pytest-vram",
     "text.color": INK,
@@ -63,8 +63,13 @@ def style() -> Iterator[None]:
 
 def svg(figure: "Figure") -> bytes:
     """The chart as SVG whose ink and paper follow the reader's light or dark scheme, also inside an `<img>`."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer, paper = io.BytesIO(), figure.get_facecolor()
+    figure.set_facecolor("none")
+    canvas: Any = FigureCanvasSVG(figure)
+    canvas.print_svg(buffer, metadata={"Date": None})  # `savefig` draws all twice
+    figure.set_facecolor(paper)
     text = buffer.getvalue().decode("utf-8").replace(INK, "currentColor")
     scheme = (
         f"<style>svg{{color:{INK};background:{PAPER}}}"
@@ -76,8 +81,12 @@ def svg(figure: "Figure") -> bytes:
 
 def png(figure: "Figure") -> bytes:
     """The chart as PNG on white."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.set_dpi(DPI)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
