@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pytest_vram.cases.models import Model, read_model
+from tests.warm import warm_forkserver
 
 HERE = Path(__file__).parent
 # The same few examples each time; --hypothesis-profile=thorough looks for new ones, for as long as that takes.
@@ -24,6 +25,11 @@ settings.load_profile("quick")
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
     del os.environ[name]  # what the tests start is no worker of theirs
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a hundred sessions would compile the plugin anew, half a second each
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):  # those that run the tests side by side share one
+        os.environ[warm_forkserver.SOCKET] = warm_forkserver.environ()[warm_forkserver.SOCKET]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,8 +31,11 @@ IMPORTED = ["StableDiffusionPipeline", "AutoencoderKL", "UNet2DConditionModel", 
 
 @functools.cache
 def environ() -> dict[str, str]:
-    """What a session needs in its environment to take part, but for this folder in PYTHONPATH; the warm interpreter
-    ends with this process."""
+    """What a session needs in its environment to take part, but for this folder in PYTHONPATH. The warm interpreter is
+    the one that the environment names, or ends with this process."""
+    takes_part = {"PYTEST_PLUGINS": Path(__file__).stem}
+    if SOCKET in os.environ:
+        return {SOCKET: os.environ[SOCKET], **takes_part}
     folder = tempfile.mkdtemp(prefix="warm-")
     path = os.path.join(folder, "socket")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -48,7 +51,7 @@ def environ() -> dict[str, str]:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
         )
     atexit.register(end, process)
-    return {SOCKET: path, "PYTEST_PLUGINS": Path(__file__).stem}
+    return {SOCKET: path, **takes_part}
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
