@@ -103,9 +103,11 @@ def test_svg_follows_the_reader_s_scheme(name: str, charts: dict[str, tuple[byte
     text = svg.decode("utf-8")
     assert "currentColor" in text
     [first] = [element.text or "" for element in root if element.tag.endswith("}style")]
-    dark = re.search(r"@media\s*\(prefers-color-scheme:\s*dark\)\{svg\{color:(#\w+);background:(#\w+)\}\}", first)
+    dark = re.search(r"@media\s*\(prefers-color-scheme:\s*dark\)\{svg\{color:(#\w+);--paper:(#\w+)\}\}", first)
     assert dark is not None
     assert dark[1] != dark[2]
+    assert "background:var(--paper)" in first
+    assert not re.search("#ffffff|white", text.replace(first, "")), "no paper of one scheme alone"
     assert "<dc:date>" not in text
 
 

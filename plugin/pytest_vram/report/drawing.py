@@ -70,11 +70,11 @@ def svg(figure: "Figure") -> bytes:
     canvas: Any = FigureCanvasSVG(figure)
     canvas.print_svg(buffer, metadata={"Date": None})  # `savefig` draws all twice
     figure.set_facecolor(paper)
-    text = buffer.getvalue().decode("utf-8").replace(INK, "currentColor")
+    text = buffer.getvalue().decode("utf-8").replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     scheme = (
-        f"<style>svg{{color:{INK};background:{PAPER}}}"
-        f"@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK};background:{DARK_PAPER}}}}}"
-        f"@media print{{svg{{color:#000;background:#fff}}}}</style>"
+        f"<style>svg{{color:{INK};--paper:{PAPER};background:var(--paper)}}"
+        f"@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK};--paper:{DARK_PAPER}}}}}"
+        f"@media print{{svg{{color:#000;--paper:#fff}}}}</style>"
     )
     return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + scheme, text, count=1).encode("utf-8")
 
