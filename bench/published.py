@@ -51,8 +51,9 @@ within 5 %. Those further off:
 Where that was looked into (SDXL), a tensor fits into a hole of the allocator's pool in one process and not in the
 other. The allocated peak, which has no such luck in it, is estimated within {allocated} %. These are the estimates that
 each run made. Those before 29 November 2026 gave T5's attention a fused kernel, which PyTorch 2.11 does not find for
-it, and attention without one no mask of its scores; all here gave one pool of memory to what the streams of several
-networks copy, where PyTorch has one for each. `python bench/estimates.py` holds the simulation of today against them.
+it, and attention without one no mask of its scores; those of commit 72f9c8e and before gave one pool of memory to
+what the streams of several networks copy, where PyTorch has one for each. `python bench/estimates.py` holds the
+simulation of today against all of them.
 
 ## Expandable segments
 

@@ -16,6 +16,7 @@ from tests.records.test_schema import MIB, own
 from tests.report.test_evidence import (
     H100,
     RTX_4090,
+    WORKLOAD,
     choice,
     estimated,
     idle,
@@ -303,6 +304,18 @@ def test_of_several_limits_the_least_tells() -> None:
 def test_a_simulation_that_asks_for_more_than_was_found_makes_it_tight(simulated: int | None, expected: str) -> None:
     found = measured(need=10 * GIB, memory={"estimated_need_bytes": simulated})
     assert outcome(found, card(12 * GIB + ASSUMED_CONTEXT_BYTES)) == expected
+
+
+@pytest.mark.parametrize(("since", "before"), list(product([10, 14, None], repeat=2)))
+def test_of_several_simulations_the_newest_asks(since: int | None, before: int | None) -> None:
+    found = measured(need=10 * GIB, memory={"estimated_need_bytes": 12 * GIB})
+    guesses = [run([estimated(need=need * GIB)], gpu=None, memory=None) if need else None for need in (before, since)]
+    runs = [one for one in (guesses[0], run([found]), guesses[1]) if one]
+    verdict = best(WORKLOAD, card(13 * GIB), gather(runs))
+    assert verdict.outcome == ("tight" if since == 14 else "fits")
+    verdict = best(WORKLOAD, card(11 * GIB + ASSUMED_CONTEXT_BYTES), gather(runs))
+    assert verdict.outcome == ("fits" if since == 10 else "tight")
+    assert (verdict.choice.need_bytes, verdict.choice.estimated) == (10 * GIB, False)
 
 
 SIZES = [gib * GIB // 4 for gib in range(2, 120)]

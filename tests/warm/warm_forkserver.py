@@ -1,7 +1,7 @@
 """A pytest plugin for the sessions that tests start: their fork servers are forked, and import nothing anew.
 
 Importing torch, diffusers and transformers takes 7 s of CPU a fork server, and each session starts one. Here they are
-imported once, by the interpreter that `environ` starts in the process that runs the tests; sessions find it by
+imported once, by the interpreter that `environ` starts, for all processes that run tests; sessions find it by
 `SOCKET`. All that comes after an interpreter's imports is the fork server's own code, in a process of its own with its
 session's environment, folder and path. What is about that process itself is tested without this plugin.
 """

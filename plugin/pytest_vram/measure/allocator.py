@@ -339,8 +339,8 @@ def replay(events: Sequence[Event], cap: int = UNLIMITED, expandable: bool = Fal
 
 
 def smallest_cap(events: Sequence[Event], low: int, high: int, tolerance: int, expandable: bool = False) -> int:
-    """The smallest cap in (low, high], in bytes and within `tolerance`, under which the trace completes; under `high`
-    it must."""
+    """A cap in (low, high], in bytes, under which the trace completes and below which, by `tolerance`, it does not;
+    under `high` it must. Where it completes under some lower cap again, that may not be found."""
     while high - low > tolerance:
         cap = (low + high) // 2
         try:

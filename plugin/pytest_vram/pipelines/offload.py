@@ -244,9 +244,9 @@ def groups_at_a_time(
     at once and stay. The allocator's cache is never emptied. The result says whether any group came.
 
     The hooks are diffusers' own; only a group's comings and goings are replaced. With a stream each network has one of
-    its own, as diffusers makes them; what differs: weights come in no time, and where a group is fetched again before
-    it leaves, no weight is there twice meanwhile. `record_stream` is off: the host waits for the GPU before weights
-    leave, so that their memory is free at once. From `disk` weights come as from host memory.
+    its own, as diffusers makes them; what differs: weights come in no time, buffers go with them, and where a group is
+    fetched again before it leaves, no weight is there twice meanwhile. `record_stream` is off: the host waits for the
+    GPU before weights leave, so that their memory is free at once. From `disk` weights come as from host memory.
 
     Raises:
         Inapplicable: when a network would fail under it; with a stream or from disk also later, when one is cast and

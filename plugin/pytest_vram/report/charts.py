@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # A chart shows no more, and says so; the tables have everything.
 MOST_ROWS, MOST_CARDS, MOST_LINES, MOST_PANELS = 40, 16, 6, 9
 FILLS = {"fits": "#1a7f4b", "tight": "#e3b341", "no": "#f0f1f3", "unsupported": "#c9cdd2", "unknown": "#c9cdd2"}
-FILL_INKS = {"fits": "#ffffff", "tight": "#1b1f24", "no": "#57606a", "unsupported": "#1b1f24", "unknown": "#1b1f24"}
+FILL_INKS = {"fits": "#fefefe", "tight": "#1b1f24", "no": "#57606a", "unsupported": "#1b1f24", "unknown": "#1b1f24"}
+# None of them is INK or PAPER, which follow the reader's scheme as the fills do not.
 
 
 @dataclass(frozen=True)
@@ -441,7 +442,7 @@ def _frontier_panel(axes: "Axes", choices: Sequence[Choice]) -> None:
         look: dict[str, Any] = {"color": colour, "markerfacecolor": PAPER if choice.estimated else colour}
         look["zorder"] = 4 if choice in line else 2  # above the labels, or beneath
         axes.plot(_gib(choice), choice.call_s or 0.0, marker, markersize=size, **look)
-    axes.plot(_gib(plain), plain.call_s or 0, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK)
+    axes.plot(_gib(plain), plain.call_s or 0, "o", markersize=7, markerfacecolor="none", markeredgecolor=INK, zorder=5)
     largest = max(map(_gib, choices))
     times = [choice.call_s or 0.0 for choice in choices]
     axes.set_yscale("log")

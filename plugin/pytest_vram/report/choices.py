@@ -81,7 +81,8 @@ class Choice:
     than memory does, so times are medians over all of them. `ran_out_bytes` is the largest cap on the allocator under
     which the case was seen to run out of memory, `completed_within` the least limit, context included, under which it
     was seen to complete. `simulated` is an estimate of the same, of another run: where a record was measured without
-    its need, and without an estimate of its own. `unmoved` is the set without model offload, where this one has it.
+    its need, and without an estimate of its own. `simulated_since_bytes` is the need as it was simulated after this
+    run. `unmoved` is the set without model offload, where this one has it.
     """
 
     workload: Workload
@@ -91,6 +92,7 @@ class Choice:
     ran_out_bytes: int = 0
     completed_within: int | None = None
     simulated: "Choice | None" = None
+    simulated_since_bytes: int | None = None
     unmoved: "Choice | None" = None
 
     @cached_property

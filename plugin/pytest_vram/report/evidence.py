@@ -132,6 +132,7 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     newest estimate of the same; so does what ran on such a GPU under a limit alone.
     """
     found: _Found = {}
+    order = {id(run): place for place, run in enumerate(runs)}
     checks, failed = [], []
     ran_out: dict[tuple[Workload, tuple[str, ...]], int] = {}
     completed: dict[tuple[Workload, tuple[str, ...]], int] = {}
@@ -167,8 +168,11 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
                     ran = [choice for choice in several if choice.record.status == "ok"]
                     speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
                 if speak:
+                    one = _chosen(speak, several)
+                    later = [e for e in by_gpu.get(None, {}).get(names, ()) if order[id(e.run)] > order[id(one.run)]]
                     chosen[names] = replace(
-                        _chosen(speak, several),
+                        one,
+                        simulated_since_bytes=later[-1].need_bytes if later else None,
                         ran_out_bytes=ran_out.get((workload, names), 0),
                         completed_within=completed.get((workload, names)),
                     )

@@ -9,7 +9,7 @@ The rule, for a need that was measured on one GPU and a card that is another:
 - Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
   room that there was when that time was taken). A simulated need must leave another 10 % of itself free (the worst
   estimate was 8 % below what was measured), unless the case was seen to complete under a limit of no more.
-- Fits tightly: it fits into what the card gives, with less room than that; or with less than the simulation asks for,
+- Fits tightly: it fits into what the card gives, with less room than that; or with less than the newest simulation asks,
   where that is more than was found: which of two holes a tensor gets hangs on the addresses that the driver gives, and
   then the simulation took the other. Near the need a program can run out of memory under one cap that it completes
   under a lower one, so a tight fit is no promise.
@@ -92,7 +92,7 @@ def judge(choice: Choice, card: Card) -> Verdict:
         short = not seen and room < FREE_SHARE * usable + ESTIMATE_SHARE * need
         outcome: Outcome = "tight" if short else "fits"
         return Verdict(outcome, choice, card, required, "within the estimate's error" if short else "")
-    if (choice.record.memory.estimated_need_bytes or 0) + context > usable:
+    if (choice.simulated_since_bytes or choice.record.memory.estimated_need_bytes or 0) + context > usable:
         return Verdict("tight", choice, card, required, "the simulation asks for more than was found")
     slow, room_when_timed = choice.slowdown, choice.record.memory.reserved_peak_bytes
     if slow is not None and slow > SLOWDOWN and (room_when_timed is None or usable < room_when_timed + context):
