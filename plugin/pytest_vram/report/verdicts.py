@@ -9,7 +9,7 @@ The rule, for a need that was measured on one GPU and a card that is another:
 - Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
   room that there was when that time was taken). A simulated need must leave another 10 % of itself free (the worst
   estimate was 8 % below what was measured), unless the case was seen to complete under a limit of no more.
-- Fits tightly: it fits into what the card gives, with less room than that; or with less than the newest simulation asks,
+- Fits tightly: it fits into what the card gives, with less room than that; or less than the newest simulation asks for,
   where that is more than was found: which of two holes a tensor gets hangs on the addresses that the driver gives, and
   then the simulation took the other. Near the need a program can run out of memory under one cap that it completes
   under a lower one, so a tight fit is no promise.
