@@ -655,12 +655,33 @@ def test_ctrl_c_in_the_search_keeps_what_was_measured(
     with pytest.raises(CaseInterrupted) as caught:
         cuda.search()
     record = caught.value.record
-    assert_no_need(record, f"^{SEARCH_INTERRUPTED}$")
+    assert_no_need(record, rf"^{SEARCH_INTERRUPTED}; it ran out of memory under \d+ MiB$")
     assert (record.failure, record.memory.context_bytes) == (None, 400 * MIB)
     assert record.time.median_s == pytest.approx(1.0)
     assert len(cuda.starter.pids) == (2 if moment == "between two workers" else 3)
     assert cuda.leftovers == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_search_had_found_is_said_when_it_is_interrupted(cuda: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for probes in range(6):
+
+        def say(text: str, probes: int = probes, before: int = len(cuda.probed)) -> None:
+            if text.startswith("need:") and len(cuda.probed) - before == probes:
+                raise KeyboardInterrupt
+
+        before = len(cuda.probed)
+        monkeypatch.setattr(cuda.story, "say", say)
+        with pytest.raises(CaseInterrupted) as caught:
+            cuda.search()
+        caps = cuda.probed[before:]
+        assert len(caps) == probes
+        reason = caught.value.record.unavailable["memory.need_bytes"].removeprefix(SEARCH_INTERRUPTED)
+        completed = [cap >> 20 for cap in caps if cap >= 550 * MIB]
+        ran_out = [cap >> 20 for cap in caps if cap < 550 * MIB]
+        assert reason == (f"; the case completed under a cap of {min(completed)} MiB" if completed else "") + (
+            f"; it ran out of memory under {max(ran_out)} MiB" if ran_out else ""
+        )
 
 
 # The output, compared with that of the case with its dtype alone

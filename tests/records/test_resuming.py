@@ -65,9 +65,13 @@ def without_need(reason: str) -> Record:
         (without_need(NOT_SEARCHED), True),
         (without_need("a cache grows for more steps than a probe takes"), True),
         (without_need(SEARCH_INTERRUPTED), False),
+        (without_need(f"{SEARCH_INTERRUPTED}; it ran out of memory under 499 MiB"), False),
         (without_need(f"within 550 MiB {NOT_FOR_MEMORY}: the worker was killed by signal 9"), False),
     ],
-    ids=["ok", "oom", "error", "timeout", "skipped", "not searched", "no need", "interrupted", "a probe died"],
+    ids=[
+        *("ok", "oom", "error", "timeout", "skipped", "not searched", "no need", "interrupted", "within a search"),
+        "a probe died",
+    ],
 )
 def test_what_has_a_result_is_not_run_again(found: Record, done: bool, tmp_path: Path) -> None:
     assert is_done(found) is done

@@ -142,7 +142,7 @@ def _measured(
     try:
         needs = measurer.needs(record, estimated)
     except KeyboardInterrupt:
-        raise CaseInterrupted(without_need(after_search(), SEARCH_INTERRUPTED)) from None
+        raise CaseInterrupted(without_need(after_search(), SEARCH_INTERRUPTED + measurer.found_so_far())) from None
     except NoNeed as error:
         return without_need(after_search(), without_paths(str(error)))
     except OSError as error:
@@ -197,6 +197,7 @@ class CaseWorkers:
         self.gpus = gpus_of(case.optimizations)
         self.processes = any(optimization.processes for optimization in chosen(case.optimizations))
         self.probes = 0
+        self._tried: dict[int, bool] = {}  # caps of the search that goes on, and whether the case completed under them
         self.timeout_s = settings.timeout_s or LEAST_S
         self._first_s: float | None = None  # what the first worker has taken that completed
         self._more_s = 0.0  # what a worker may take longer than the first
@@ -301,7 +302,7 @@ class CaseWorkers:
         asks = EXPANDABLE_ASKS_BYTES if "expandable_segments:True" in allocator else 0
         if limit := self.case.limit_bytes:  # under which it has completed
             asks = max(0, min(asks, limit - self.machine.context_bytes - reserved_peak))
-        self._room = reserved_peak + asks
+        self._room, self._tried = reserved_peak + asks, {}
         return search(self.probe, guess, spread, reserved_peak, asks)
 
     def probe(self, cap: int | None) -> Probe:
@@ -315,6 +316,7 @@ class CaseWorkers:
         self.probes += 1
         outcome = self._worker(cap, probe=True).outcome
         if outcome["event"] == "done":
+            self._tried[cap or self._room] = True
             return Probe(
                 cap,
                 True,
@@ -334,7 +336,16 @@ class CaseWorkers:
             memory_is_why = self._swallows
         if not memory_is_why:
             raise NoNeed(f"within {room} {NOT_FOR_MEMORY}: {outcome['message']}")
+        self._tried[cap or self._room] = False
         return Probe(cap, False, failed_in=outcome.get("phase"))
+
+    def found_so_far(self) -> str:
+        """What a search that did not end has found, as the end of a sentence."""
+        enough = min((cap for cap, fits in self._tried.items() if fits), default=None)
+        too_little = max((cap for cap, fits in self._tried.items() if not fits), default=None)
+        parts = [f"the case completed under a cap of {enough >> 20} MiB"] if enough else []
+        parts += [f"it ran out of memory under {too_little >> 20} MiB"] if too_little else []
+        return "".join(f"; {part}" for part in parts)
 
     def calls_again(self, call_s: float) -> Message:
         """What one more worker reports that calls the pipeline many times and says what it holds meanwhile. A call is

@@ -72,7 +72,7 @@ def is_done(record: Record) -> bool:
     """Whether a resumed sweep need not measure this case again: it has a result, and neither the search for its need
     nor the check for leaks was cut short by anything but memory."""
     no_need, no_drift = (record.unavailable.get(key, "") for key in ("memory.need_bytes", "drift"))
-    cut_short = no_need == SEARCH_INTERRUPTED or NOT_FOR_MEMORY in no_need or no_drift == CHECK_INTERRUPTED
+    cut_short = no_need.startswith(SEARCH_INTERRUPTED) or NOT_FOR_MEMORY in no_need or no_drift == CHECK_INTERRUPTED
     return record.status in DONE and not cut_short
 
 
