@@ -316,6 +316,14 @@ def test_of_several_simulations_the_newest_asks(since: int | None, before: int |
     verdict = best(WORKLOAD, card(11 * GIB + ASSUMED_CONTEXT_BYTES), gather(runs))
     assert verdict.outcome == ("fits" if since == 10 else "tight")
     assert (verdict.choice.need_bytes, verdict.choice.estimated) == (10 * GIB, False)
+    assert verdict.choice.memory_run.records == [found], "whose need was searched stays its own"
+
+
+def test_a_simulated_need_is_that_of_the_newest_simulation() -> None:
+    found, newer = run([unsearched(need=12 * GIB)]), run([estimated(need=9 * GIB)], gpu=None, memory=None)
+    for runs, need, source in (([found, newer], 9 * GIB, newer), ([newer, found], 12 * GIB, found)):
+        [choice] = gather(runs).measured(WORKLOAD)
+        assert (choice.need_bytes, choice.estimated, choice.memory_run) == (need, True, source)
 
 
 SIZES = [gib * GIB // 4 for gib in range(2, 120)]

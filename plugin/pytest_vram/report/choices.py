@@ -80,9 +80,8 @@ class Choice:
     `timed` are other runs of the same on such a GPU with the same software: one call differs much more from run to run
     than memory does, so times are medians over all of them. `ran_out_bytes` is the largest cap on the allocator under
     which the case was seen to run out of memory, `completed_within` the least limit, context included, under which it
-    was seen to complete. `simulated` is an estimate of the same, of another run: where a record was measured without
-    its need, and without an estimate of its own. `simulated_since_bytes` is the need as it was simulated after this
-    run. `unmoved` is the set without model offload, where this one has it.
+    was seen to complete. `simulated` is the newest estimate of the same, of another run: where a record has no estimate
+    of its own, or an older one. `unmoved` is the set without model offload, where this one has it.
     """
 
     workload: Workload
@@ -92,7 +91,6 @@ class Choice:
     ran_out_bytes: int = 0
     completed_within: int | None = None
     simulated: "Choice | None" = None
-    simulated_since_bytes: int | None = None
     unmoved: "Choice | None" = None
 
     @cached_property
@@ -122,17 +120,18 @@ class Choice:
     @cached_property
     def estimated(self) -> bool:
         """Whether the need was simulated and not searched."""
-        only_simulated = self.record.memory.need_bytes is None and self._simulated_need_bytes is not None
+        only_simulated = self.record.memory.need_bytes is None and self.simulated_need_bytes is not None
         return self.record.method == "estimated" or only_simulated
 
     @property
-    def _simulated_need_bytes(self) -> int | None:
+    def simulated_need_bytes(self) -> int | None:
+        """The need by the newest simulation."""
         return (self.simulated or self).record.memory.estimated_need_bytes
 
     @cached_property
     def need_bytes(self) -> int | None:
         """The need, searched or else simulated; None where it was more than the GPU has, and never simulated."""
-        return self._simulated_need_bytes if self.estimated else self.record.memory.need_bytes
+        return self.simulated_need_bytes if self.estimated else self.record.memory.need_bytes
 
     @cached_property
     def required_bytes(self) -> int | None:
@@ -179,7 +178,7 @@ class Choice:
     @property
     def memory_run(self) -> ReadRun:
         """The run that its need comes from."""
-        return (self.simulated or self).run
+        return self.simulated.run if self.simulated and self.estimated else self.run
 
     @property
     def runs(self) -> list[ReadRun]:

@@ -128,8 +128,8 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
     """The evidence of these runs, oldest first.
 
     Where several records speak of the same set on such a GPU, a searched need beats a simulated one, that one beats
-    none, and among equals the newest wins. What was measured with no need, neither searched nor simulated, takes the
-    newest estimate of the same; so does what ran on such a GPU under a limit alone.
+    none, and among equals the newest wins. The newest estimate of the same stands in for its own, if it has none or an
+    older one; so it does for what ran on such a GPU under a limit alone.
     """
     found: _Found = {}
     order = {id(run): place for place, run in enumerate(runs)}
@@ -164,15 +164,16 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
             for names, several in sets.items():
                 speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
                 on_gpu = any(c.run.gpu or c.run.gpu_memory_bytes for c in several)  # of the host nothing is simulated
-                if not speak and on_gpu and (estimates := by_gpu.get(None, {}).get(names)):
+                estimates = by_gpu.get(None, {}).get(names, [])
+                if not speak and on_gpu and estimates:
                     ran = [choice for choice in several if choice.record.status == "ok"]
                     speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
                 if speak:
                     one = _chosen(speak, several)
-                    later = [e for e in by_gpu.get(None, {}).get(names, ()) if order[id(e.run)] > order[id(one.run)]]
+                    later = [estimate for estimate in estimates if order[id(estimate.run)] > order[id(one.run)]]
                     chosen[names] = replace(
                         one,
-                        simulated_since_bytes=later[-1].need_bytes if later else None,
+                        simulated=later[-1] if later else one.simulated,
                         ran_out_bytes=ran_out.get((workload, names), 0),
                         completed_within=completed.get((workload, names)),
                     )

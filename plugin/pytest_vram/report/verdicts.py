@@ -92,7 +92,7 @@ def judge(choice: Choice, card: Card) -> Verdict:
         short = not seen and room < FREE_SHARE * usable + ESTIMATE_SHARE * need
         outcome: Outcome = "tight" if short else "fits"
         return Verdict(outcome, choice, card, required, "within the estimate's error" if short else "")
-    if (choice.simulated_since_bytes or choice.record.memory.estimated_need_bytes or 0) + context > usable:
+    if (choice.simulated_need_bytes or 0) + context > usable:
         return Verdict("tight", choice, card, required, "the simulation asks for more than was found")
     slow, room_when_timed = choice.slowdown, choice.record.memory.reserved_peak_bytes
     if slow is not None and slow > SLOWDOWN and (room_when_timed is None or usable < room_when_timed + context):
