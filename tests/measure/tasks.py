@@ -201,6 +201,9 @@ def generate(job: Message, reporter: Reporter) -> None:
 
 
 def _probe(script: dict[str, Any], cap: int | None, figures: dict[str, Any], reporter: Reporter) -> None:
+    if cap is None and "with_room" in script:
+        reporter.ask("failed", **{**figures, **script["with_room"]})
+        return
     if cap is None or cap >= script.get("need_mib", 550) * MIB:
         calls = {"second_call": SECOND_CALL, "second_call_retries": 4, "denoiser_calls": 2}
         calls |= {"second_call_steps": SECOND_STEPS}

@@ -929,6 +929,16 @@ def test_out_of_memory_is_a_result(cuda: Stage, limit_mib: int | None, limit: in
     assert record.time == Time()
 
 
+def test_an_out_of_memory_that_is_swallowed_says_so(cuda: Stage) -> None:
+    failure = failure_of(cuda.measure(limit_mib=2000, failed=SWALLOWED))
+    assert failure.message == "out of memory, and then: RuntimeError: shapes"
+
+
+def test_what_fails_without_the_limit_too_is_no_out_of_memory(cuda: Stage) -> None:
+    record = cuda.measure(limit_mib=2000, failed=SWALLOWED, with_room=OTHER)
+    assert (record.status, failure_of(record).message) == ("error", OTHER["message"])
+
+
 def test_an_error_that_is_reported(cuda: Stage) -> None:
     record = cuda.measure(failed={"status": "error", "phase": "decode", "message": "RuntimeError: shapes"})
     assert record.status == "error"
