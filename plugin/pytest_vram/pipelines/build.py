@@ -15,6 +15,11 @@ import transformers
 from accelerate import init_empty_weights
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
+
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import NOT_MEASURED, Component, Model
 from pytest_vram.errors import UsageError, unknown
@@ -43,7 +48,7 @@ def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module
     Buffers keep their values: position tables and the like are made by `__init__` and are in no checkpoint.
     """
     cls = _network_class(component)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         if component.library == "diffusers":
             module: Any = cls.from_config(component.config)
         else:
