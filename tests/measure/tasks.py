@@ -112,10 +112,11 @@ def generate(job: Message, reporter: Reporter) -> None:
 
     `failed` holds the fields of a failure, `done` those that replace the figures below. A probe completes under a cap
     from `need_mib` on, and `fits` holds what differs then; `below` is what becomes of it otherwise: `die`, `hang`, or
-    the fields of its failure. `skipped` is why the case cannot be run, `no_reference` why a reference fails. An output
-    is the names of the optimizations. `round_s` is what a round really takes; throttled ones are repeated, up to
-    `repeated` of them. `need_mib` may have a figure for each GPU. Of several processes the one of rank
-    `lost` raises or, with `dies`, dies, and the others wait for it; `slow` is one that does not finish.
+    the fields of its failure. `with_room` has those of a probe with no cap. `skipped` is why the case cannot be run,
+    `no_reference` has the fields of the failure of a reference. An output is the names of the optimizations. `round_s`
+    is what a round really takes; throttled ones are repeated, up to `repeated` of them. `need_mib` may have a figure
+    for each GPU. Of several processes the one of rank `lost` raises or, with `dies`, dies, and the others wait for it;
+    `slow` is one that does not finish.
     """
     script = script_of(job)
     rank = os.environ.get("RANK")
@@ -235,7 +236,7 @@ def _calls_again(script: dict[str, Any], job: Message, figures: dict[str, Any], 
 
 def _reference(script: dict[str, Any], job: Message, reporter: Reporter) -> None:
     if "no_reference" in script:
-        reporter.ask("failed", status="error", swallowed=False, phase="decode", message=script["no_reference"])
+        reporter.ask("failed", **script["no_reference"])
         return
     _keep_output(job)
     reporter.ask("done")

@@ -779,9 +779,14 @@ def test_an_offloaded_case_is_compared_with_weights_that_are_made_on_the_host(
     assert record.exactness is not None
 
 
+def test_a_reference_that_swallows_an_out_of_memory_says_so(cuda: Stage, references: References) -> None:
+    record = cuda.measure(case=TILED, references=references, no_reference=SWALLOWED)
+    assert record.unavailable["exactness"].endswith(": out of memory, and then: RuntimeError: shapes")
+
+
 def test_a_reference_that_fails_is_the_reason_and_is_not_tried_again(cuda: Stage, references: References) -> None:
-    text = f"OutOfMemoryError in {Path.home()}/a"
-    records = [cuda.measure(case=TILED, references=references, no_reference=text) for _ in range(2)]
+    failed = {"status": "oom", "phase": "decode", "message": f"OutOfMemoryError in {Path.home()}/a"}
+    records = [cuda.measure(case=TILED, references=references, no_reference=failed) for _ in range(2)]
     for record in records:
         assert (record.status, record.exactness, record.exact) == ("ok", None, None)
         assert record.unavailable["exactness"].endswith("gave no output to compare with: OutOfMemoryError in ~/a")

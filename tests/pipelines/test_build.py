@@ -1,5 +1,6 @@
 """Pipelines from architectures and from saved weights."""
 
+import contextlib
 import itertools
 import sys
 import warnings
@@ -62,6 +63,20 @@ def case_of(model: Model, **changes: Any) -> Case:
         "scheduler": model.scheduler.class_name,
     }
     return Case(**{**values, **changes})
+
+
+@pytest.mark.parametrize("config", [T5.config, {**T5.config, "num_heads": "many"}], ids=["built", "refused"])
+def test_no_initial_values_are_computed_and_others_compute_theirs(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+    for name in ("normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda *_, name=name, **__: computed.append(name))
+    with contextlib.suppress(Exception):
+        build_component(T5.model_copy(update={"config": config}), torch.float32)
+    assert computed == []
+    torch.nn.Linear(2, 2)
+    assert computed == ["kaiming_uniform_"]
 
 
 def test_the_vae_is_upcast_where_the_model_says_so() -> None:

@@ -20,7 +20,7 @@ from pytest_vram.report.drawing import short, style
 from pytest_vram.report.evidence import gather
 from pytest_vram.report.render import Report
 from tests.records.test_schema import BARE, FAILURE, MIB, own, record
-from tests.report.test_render import a_report, a_run, estimate, svgs
+from tests.report.test_render import H100, a_report, a_run, estimate, svgs
 
 FUNCTIONS: dict[str, Callable[[Facts], Figure | None]] = {function.__name__: function for function, _, _ in CHARTS}
 
@@ -191,6 +191,31 @@ def test_a_frontier_has_what_was_timed_and_what_is_simulated_is_hollow(simulated
     assert any("hollow" in text for text in words(figure)) is simulated
     squares = [place for point in points if point.get_marker() == "s" for place in places(point)]
     assert sorted(squares) == sorted(places(line))
+
+
+def test_lines_with_most_points_come_first() -> None:
+    few = [record(id=f"a/{n}", case={"model": "a", "batch_size": n}) for n in (1, 4)]
+    many = [record(id=f"b/{n}", case={"model": "b", "batch_size": n}) for n in (1, 2, 4)]
+    figure = drawn("memory_by_batch", facts_of(*few, *many))
+    assert [text for text in words(figure) if text.endswith(" fp16")] == ["b fp16", "a fp16"]
+
+
+def test_a_point_is_hollow_only_where_no_gpu_has_searched_the_need() -> None:
+    searched = [record(id=str(n), case={"batch_size": n}) for n in (1, 4)]
+    memory = {"need_bytes": None, "required_bytes": None, "estimated_need_bytes": 9000 * MIB}
+    guessed = [record(id=str(n), case={"batch_size": n}, memory=memory) for n in (1, 4, 8)]
+    flagged = [
+        record(id=f"{flag}/{n}", case={"batch_size": n, "optimizations": ["fp16", flag]})
+        for n in (1, 4)
+        for flag in ("vae_tiling", "vae_slicing")
+    ]
+    leads = a_run(*guessed, *flagged, environment={**H100, "gpu": "NVIDIA H200"})
+    report = a_report(a_run(*searched), leads)
+    document = report.document()
+    figure = drawn("memory_by_batch", Facts(document.evidence, document.leads, report.cards))
+    line, hollow = figure.axes[0].lines[:2]
+    assert [x for x, _ in places(line)] == [1, 4, 8]
+    assert [x for x, _ in places(hollow)] == [8]
 
 
 def test_the_bar_of_a_model_is_that_of_its_dtype_alone_if_only_estimated() -> None:

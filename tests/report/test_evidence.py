@@ -757,6 +757,10 @@ def test_without_a_dtype_alone_on_a_gpu_that_of_another_is_compared_with_and_no_
     evidence = gather([run([measured("fp16")]), run(flagged[:1], gpu=RTX_4090), later])
     [plain] = [plain for plain, found in evidence.groups(WORKLOAD) if found[0].gpu == RTX_4090]
     assert plain.need_bytes == 10 * GIB, "of the GPU that searched most"
+    leads = run([unsearched("fp16", 20 * GIB), measured("fp16+a"), measured("fp16+b")], gpu="NVIDIA Later")
+    evidence = gather([run([measured("fp16")]), leads, run([estimated("fp16+c")], gpu=None)])
+    [plain] = [plain for plain, found in evidence.groups(WORKLOAD) if found[0].gpu is None]
+    assert plain.need_bytes == 10 * GIB, "the one that was searched"
     [(plain, _)] = gather([run([measured("fp16+sequential_offload"), measured("fp16+a+b")])]).groups(WORKLOAD)
     assert plain.name == "fp16+a+b", "which moves no weights"
 

@@ -519,6 +519,17 @@ def test_what_moves_weights_stands_back_for_what_was_not_timed_and_moves_them_le
     assert taken(evidence, card(5 * GIB))[0] == timed
 
 
+@pytest.mark.parametrize("plain_s", [None, 90.0])
+def test_a_set_stands_back_again_for_what_that_stands_back_for(plain_s: float | None) -> None:
+    offload = run([measured("fp16+model_offload", 3 * GIB)], gpu=RTX_4090)
+    plain = run([measured("fp16", 4 * GIB, seconds=plain_s)], gpu="NVIDIA Later")
+    evidence = gather([run([measured("fp16+sequential_offload", GIB), measured("fp16+a", 90 * GIB)]), plain, offload])
+    groups = [choices[0].gpu for choices in evidence.candidates(only(evidence)) if choices]
+    assert groups == [H100, RTX_4090, "NVIDIA Later"]
+    assert taken(evidence, card(20 * GIB))[0] == "fp16"
+    assert taken(evidence, card(4 * GIB))[0] == "fp16+model_offload"
+
+
 def test_the_time_that_counts_is_that_of_the_full_length() -> None:
     a = measured("fp16+a", seconds=1.0, time={"full_length_s": 50.0})
     b = measured("fp16+b", seconds=2.0, time={"full_length_s": 20.0})

@@ -19,7 +19,15 @@ from pytest_vram.measure.exactness import NoReference, References, reference_of
 from pytest_vram.measure.forkserver import ALLOCATOR_VARIABLES, PRELOAD_ENVIRON
 from pytest_vram.measure.machine import Machine
 from pytest_vram.measure.need import ALLOCATED_SPREAD, ESTIMATE_SPREAD, Need, NoNeed, Probe, search
-from pytest_vram.measure.recording import record_of, skipped, with_exactness, with_need, with_others, without_need
+from pytest_vram.measure.recording import (
+    record_of,
+    skipped,
+    why_it_failed,
+    with_exactness,
+    with_need,
+    with_others,
+    without_need,
+)
 from pytest_vram.measure.runs import WorkerRun
 from pytest_vram.measure.sampling import MEMORY_INTERVAL_S, Sampler
 from pytest_vram.measure.timeout import LATER_FACTOR, LEAST_S, later_timeout_s
@@ -240,7 +248,7 @@ class CaseWorkers:
         job = {"case": reference.model_dump(mode="json"), "reference": True, "on_host": on_host}
         job["keep_output"] = str(path)
         run = self._worker(None, subject=reference, **job)
-        return None if run.done else without_paths(run.outcome["message"])
+        return None if run.done else why_it_failed(run.outcome)
 
     def rounds(self) -> list[WorkerRun]:
         """As many workers as were asked for, or up to the first that fails."""

@@ -99,16 +99,21 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
         if "images_error" in outcome:
             unavailable["images"] = f"not saved: {without_paths(outcome['images_error'])}"
     elif not done:
-        out_of_memory = "out of memory, and then: " if outcome.get("swallowed") and outcome["status"] == "oom" else ""
         unavailable["time"] = unavailable["energy_j_per_image"] = f"no round was completed: {fields['status']}"
         fields["failure"] = Failure(
             phase=outcome.get("phase"),
             requested_bytes=outcome.get("requested_bytes"),
             limit_bytes=case.limit_bytes or (machine.memory_bytes if outcome["status"] == "oom" else None),
-            message=without_paths(out_of_memory + outcome["message"])[:2000],
+            message=why_it_failed(outcome)[:2000],
             output_tail=without_paths(runs[-1].output_tail),
         )
     return Record(unavailable=unavailable, **fields)
+
+
+def why_it_failed(outcome: Message) -> str:
+    """Of a worker that did, with no paths."""
+    swallowed = outcome.get("swallowed") and outcome.get("status") == "oom"
+    return without_paths(("out of memory, and then: " if swallowed else "") + outcome["message"])
 
 
 def skipped(reason: str, common: dict[str, Any]) -> Record:

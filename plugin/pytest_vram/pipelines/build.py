@@ -14,11 +14,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-try:
-    from transformers.initialization import no_init_weights
-except ImportError:  # transformers 4
-    from transformers.modeling_utils import no_init_weights
+from transformers.initialization import no_init_weights
 
 from pytest_vram.cases.case import Case
 from pytest_vram.cases.models import NOT_MEASURED, Component, Model
@@ -45,7 +41,8 @@ Prepare = Callable[[Components], Sequence[Arrived]]
 def build_component(component: Component, dtype: torch.dtype) -> torch.nn.Module:
     """One network with its parameters on the meta device, in the dtypes `from_pretrained(dtype=...)` gives them.
 
-    Buffers keep their values: position tables and the like are made by `__init__` and are in no checkpoint.
+    No initial values are computed, which would be lost: `fill` writes others. Buffers keep theirs: position tables and
+    the like are made by `__init__` and are in no checkpoint.
     """
     cls = _network_class(component)
     with init_empty_weights(include_buffers=False), no_init_weights():

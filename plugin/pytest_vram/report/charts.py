@@ -376,7 +376,7 @@ class _Line:
 
 
 def _lines(facts: Facts, belongs: Callable[[Workload, Workload], bool], x: Callable[[Workload], float]) -> list[_Line]:
-    """A line for each model and dtype that has two points or more."""
+    """A line for each model and dtype that has two points or more, those with most points first."""
     lines = []
     for model, lead in facts.leads.items():
         own = [w for w in facts.evidence.subjects[model] if w.width and belongs(w, lead)]
@@ -384,14 +384,15 @@ def _lines(facts: Facts, belongs: Callable[[Workload, Workload], bool], x: Calla
             found: dict[float, Choice] = {}
             for workload in own:
                 for choice in (*facts.evidence.estimated(workload), *facts.evidence.measured(workload)):
-                    if choice.optimizations == (dtype,) and choice.required_bytes:
-                        found[x(workload)] = choice
+                    known = facts.evidence.speaks_of(choice) if choice.optimizations == (dtype,) else None
+                    if known and known.required_bytes:
+                        found[x(workload)] = known
             if len(found) > 1:
                 places = sorted(found)
-                known = [found[place] for place in places]
+                points = [found[place] for place in places]
                 name = f"{short(model, 26)} {dtype}"
-                lines.append(_Line(name, places, [_gib(c) for c in known], [c.estimated for c in known]))
-    return lines
+                lines.append(_Line(name, places, [_gib(c) for c in points], [c.estimated for c in points]))
+    return sorted(lines, key=lambda line: -len(line.x))
 
 
 def _line_chart(facts: Facts, lines: list[_Line], label: str, *, whole: bool = False) -> "Figure | None":

@@ -117,9 +117,10 @@ class Evidence:
 
     def groups(self, workload: Workload) -> list[tuple[Choice, list[Choice]]]:
         """The choices of each GPU, and the estimates, each group after the choice that it is compared with: a dtype
-        alone of its own GPU, else that of all, of the GPU that searched most."""
+        alone of its own GPU, else that of all, of the GPU that searched most, or that searched that one."""
         groups = [choices for choices in (*self.by_gpu(workload), self.estimated(workload)) if choices]
         of_all = baseline([choice for choices in reversed(groups) for choice in choices])  # of one set the last counts
+        of_all = self.speaks_of(of_all) or of_all
         own = [baseline(choices) for choices in groups]
         return [(of_all if one.flags or not one.gpu else one, found) for one, found in zip(own, groups, strict=True)]
 

@@ -7,9 +7,9 @@ The rule, for a need that was measured on one GPU and a card that is another:
   the cards with more of them than the H100 that was measured have 32 GiB and more, of which 5 % are more than that.
 - A card gives what PyTorch sees of its memory, less what a desktop holds.
 - Fits: at least 5 % of that stay free, and the call is no slower than 1.25 × its time with room (or the card has the
-  room that there was when that time was taken). A simulated need must leave another 10 % of itself free (of the 281 in
-  results/ that were searched too one was further below, by 18 %), unless the case was seen to complete under a limit of
-  no more.
+  room that there was when that time was taken). A simulated need must leave another 10 % of itself free (of those in
+  results/ that were searched too one alone was further off: the search found 22 % more than was simulated), unless the
+  case was seen to complete under a limit of no more.
 - Fits tightly: it fits into what the card gives, with less room than that; or less than the newest simulation asks for,
   where that is more than was found: which of two holes a tensor gets hangs on the addresses that the driver gives, and
   then the simulation took the other. Near the need a program can run out of memory under one cap that it completes
@@ -110,9 +110,9 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, plainly: bool = 
     of one of these the fastest wins. Of those within `same_time` of the fastest, and of what is no slower than one of
     them, a set that leaves the image alone comes first, then the one that moves weights least often, then the one with
     fewest flags, then the one that requires least; and it stands back for a part of its own flags that moves weights
-    less often, or is within `same_time` of it. What moves weights in each step stands back for a set of a group after
-    it that moves them once a call at most and leaves the image alone; and what moves them at all for such a set that is
-    a part of it and moves them less often. A set with a flag that was seen to change nothing stands back for the set
+    less often, or is within `same_time` of it. It also stands back for a set of a group after it that leaves the image
+    alone, in two cases: it moves weights in each step and the other once a call at most; or the other is a part of it
+    and moves them less often. A set with a flag that was seen to change nothing stands back for the set
     without it. Where nothing fits, a choice for more of the same (a larger size or batch) is taken if that does: it has
     room for this.
     """
@@ -141,9 +141,7 @@ def _of_its_own(workload: Workload, card: Card, evidence: Evidence, plainly: boo
         found = [[verdict for verdict in verdicts if verdict.outcome == outcome] for verdicts in groups]
         while found:
             if first := found.pop(0):
-                taken = _fastest(first)
-                calmer = ([v for v in verdicts if _is_calmer(v.choice, taken.choice)] for verdicts in found)
-                return _fastest(next(filter(None, calmer), [taken]))
+                return _calmest(_fastest(first), found)
     judged = [verdict for verdicts in groups for verdict in verdicts]
     tried = evidence.tried(workload)
     judged = judged or [judge(choice, card) for choice in wanted(tried)]
@@ -155,12 +153,21 @@ def _is_plain(choice: Choice) -> bool:
     return not (choice.changes_image or choice.moves)
 
 
+def _calmest(taken: Verdict, later: Sequence[Sequence[Verdict]]) -> Verdict:
+    """What the one taken stands back for, and that for, of the groups after its own."""
+    for verdicts in later:
+        if calmer := [verdict for verdict in verdicts if _is_calmer(verdict.choice, taken.choice)]:
+            return _calmest(_fastest(calmer), later)
+    return taken
+
+
 def _is_calmer(choice: Choice, than: Choice) -> bool:
-    """Whether it leaves the image alone and moves weights once a call at most, where the other moves them in each step,
-    or is a part of the other that moves them less often: that decides with no time."""
-    in_each_step = choice.moves < IN_EACH_STEP <= than.moves
+    """Whether that is certain with no time: it moves weights once a call at most, and the other in each step; or it is
+    a part of the other, and moves them less often. It must leave the image alone: where another image is taken, what
+    was timed on one GPU is not given up for what was not."""
+    once = choice.moves < IN_EACH_STEP <= than.moves
     part = set(choice.optimizations) < set(than.optimizations) and choice.moves < than.moves
-    return (in_each_step or part) and not choice.changes_image
+    return (once or part) and not choice.changes_image
 
 
 def _in_order(workload: Workload, card: Card, evidence: Evidence) -> list[list[Choice]]:
