@@ -66,6 +66,18 @@ def test_what_is_said_of_the_estimate_is_so(records: dict[str, Record]) -> None:
     assert f"and the worst is {worst} off" in FLAT
 
 
+def test_the_error_of_all_estimates_is_the_document_s() -> None:
+    document = " ".join((ROOT / "results" / "HARDWARE.md").read_text(encoding="utf-8").split())
+    said = re.search(
+        r"Over (\d+) cases with a searched need .*?; (\d+) are within 5 %, the extremes are (\S+ %) and (\S+ %)",
+        document,
+    )
+    assert said is not None
+    count, close, lowest, highest = said.groups()
+    assert f"Of all {count} searched cases in `results/HARDWARE.md` {close} are within 5 %" in FLAT
+    assert f"the extremes are {lowest} and {highest}" in FLAT
+
+
 def test_what_is_said_of_attention_slicing_is_so(records: dict[str, Record]) -> None:
     plain = records["stable-diffusion-v1-5/fp16/1024x1024/b1"]
     sliced = records["stable-diffusion-v1-5/fp16+attention_slicing/1024x1024/b1"]
