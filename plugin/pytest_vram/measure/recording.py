@@ -111,7 +111,7 @@ def _found(case: AnyCase, machine: Machine, runs: list[WorkerRun], seconds: floa
 
 
 def why_it_failed(outcome: Message) -> str:
-    """Of a worker that did, with no paths."""
+    """What a worker that failed reported, with no paths."""
     swallowed = outcome.get("swallowed") and outcome.get("status") == "oom"
     return without_paths(("out of memory, and then: " if swallowed else "") + outcome["message"])
 

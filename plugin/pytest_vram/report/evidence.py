@@ -163,18 +163,9 @@ def gather(runs: Sequence[ReadRun]) -> Evidence:
         for gpu, sets in by_gpu.items():
             chosen: dict[tuple[str, ...], Choice] = {}
             for names, several in sets.items():
-                speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
-                on_gpu = any(c.run.gpu or c.run.gpu_memory_bytes for c in several)  # of the host nothing is simulated
-                estimates = by_gpu.get(None, {}).get(names, [])
-                if not speak and on_gpu and estimates:
-                    ran = [choice for choice in several if choice.record.status == "ok"]
-                    speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
-                if speak:
-                    one = _chosen(speak, several)
-                    later = [estimate for estimate in estimates if order[id(estimate.run)] > order[id(one.run)]]
+                if one := _with_simulation(several, by_gpu.get(None, {}).get(names, []), order):
                     chosen[names] = replace(
                         one,
-                        simulated=later[-1] if later else one.simulated,
                         ran_out_bytes=ran_out.get((workload, names), 0),
                         completed_within=completed.get((workload, names)),
                     )
@@ -200,6 +191,21 @@ def _add_checks(found: _Found, checks: Iterable[Choice]) -> None:
         simulated = check.estimated or (check.need_bytes is None and check.optimizations in by_gpu.get(None, {}))
         if check.record.status == "ok" and simulated and not with_room:
             by_gpu.setdefault(check.gpu_key, {})[check.optimizations] = [check]
+
+
+def _with_simulation(several: Sequence[Choice], estimates: Sequence[Choice], order: Mapping[int, int]) -> Choice | None:
+    """The one of several that speaks of its set on a GPU, with the newest of the estimates if it has none or an older
+    one; None where none can. `order` is the place of each run among all, by identity."""
+    speak = [choice for choice in several if choice.need_bytes is not None or choice.at_least_bytes]
+    on_gpu = any(c.run.gpu or c.run.gpu_memory_bytes for c in several)  # of the host nothing is simulated
+    if not speak and on_gpu and estimates:
+        ran = [choice for choice in several if choice.record.status == "ok"]
+        speak = several = [replace(choice, simulated=estimates[-1]) for choice in ran]
+    if not speak:
+        return None
+    one = _chosen(speak, several)
+    later = [estimate for estimate in estimates if order[id(estimate.run)] > order[id(one.run)]]
+    return replace(one, simulated=later[-1]) if later else one
 
 
 def _unmoved(choice: Choice, others: Sets) -> Choice | None:

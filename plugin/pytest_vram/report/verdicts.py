@@ -112,9 +112,9 @@ def best(workload: Workload, card: Card, evidence: Evidence, *, plainly: bool = 
     fewest flags, then the one that requires least; and it stands back for a part of its own flags that moves weights
     less often, or is within `same_time` of it. It also stands back for a set of a group after it that leaves the image
     alone, in two cases: it moves weights in each step and the other once a call at most; or the other is a part of it
-    and moves them less often. A set with a flag that was seen to change nothing stands back for the set
-    without it. Where nothing fits, a choice for more of the same (a larger size or batch) is taken if that does: it has
-    room for this.
+    and moves them less often. A set with a flag that was seen to change nothing stands back for the set without it.
+    Where nothing fits, a choice for more of the same (a larger size or batch) is taken if that does: it has room for
+    this.
     """
     on_card = evidence.verdicts.setdefault((card.name, card.usable_bytes, card.compute_capability, plainly), {})
     tight: Verdict | None = None
